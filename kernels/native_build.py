@@ -135,6 +135,7 @@ def _loaded(target: str) -> ctypes.CDLL:
         function = getattr(library, f"medha_{name}")
         function.argtypes, function.restype = others.get(name, [pointer]), ctypes.c_int
     library.medha_exp2.restype = None
+    library.medha_set_points.argtypes, library.medha_set_points.restype = [pointer, number], None
     return library
 
 

@@ -46,7 +46,7 @@ class DrawnStep:
     chunks: tuple[Chunk, ...]
     released: tuple[str, ...]
     overtakes: int | None = None
-    num_pieces: int = 0  # of a layer; 0: it is not held
+    num_blocks: int = 0  # of a layer; 0: it is not held
     # (stage, point, batch id): that stage does not pass that point of it before the other one has come
     waits: tuple[tuple[int, int, int], ...] = ()
     waits_for: tuple[int, ...] = ()  # batches that are complete before this one is sent
@@ -108,7 +108,7 @@ class _Drawing:
         return Chunk(request.request_id, start, end - start, end >= num_prompt, request.kvp_ranks[: shard + 1])
 
     def step(
-        self, requests: list[DrawnRequest], most: int, *, overtakes: int | None = None, num_pieces: int = 0,
+        self, requests: list[DrawnRequest], most: int, *, overtakes: int | None = None, num_blocks: int = 0,
         waits_for: tuple[int, ...] = (), begins_round: bool = False,
     ) -> int:  # fmt: skip
         """Draw one of these requests' next chunks; its batch id."""
@@ -119,7 +119,7 @@ class _Drawing:
         chunks = tuple(self.chunk(request, most) for request in requests)
         self.steps.append(
             DrawnStep(
-                batch_id, chunks, released, overtakes, num_pieces, waits_for=waits_for, begins_round=begins_round
+                batch_id, chunks, released, overtakes, num_blocks, waits_for=waits_for, begins_round=begins_round
             )
         )
         return batch_id
@@ -155,11 +155,11 @@ class _Drawing:
             self.step(self.idle(4), 64, begins_round=True)
             self.end_of_round()
             return
-        held = [self.step(longs, 200, num_pieces=rng.choice((0, 1, 1, 2, 3)), begins_round=True)]
+        held = [self.step(longs, 200, num_blocks=rng.choice((0, 1, 1, 2, 3)), begins_round=True)]
         behind = self.idle(2)
         if behind and rng.random() < 0.35:
             is_prefill = all(request.num_done < len(request.token_ids) for request in behind)
-            held.append(self.step(behind, 200, num_pieces=rng.choice((0, 1, 2)) if is_prefill else 0))
+            held.append(self.step(behind, 200, num_blocks=rng.choice((0, 1, 2)) if is_prefill else 0))
         over: list[int] = []
         for _ in range(rng.choice((1, 1, 2, 3))):
             shorts = self.idle(3)
@@ -177,7 +177,7 @@ class _Drawing:
         """At which points ranks wait: on each stage, for each of those that overtake, in their order."""
         for batch_id in held:
             step = self.steps[batch_id - 1]
-            last = step.num_pieces * self.num_layers // self.layout.spp
+            last = step.num_blocks * self.num_layers // self.layout.spp
             waits = []
             for stage in range(self.layout.spp if last else 0):
                 points = sorted(self.rng.randint(0, last) for _ in over)

@@ -50,8 +50,8 @@ from megatron_medha.core.kv.ops import KVOp, append_op
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.parallel.shm_channel import pause
+from megatron_medha.worker.hold_points import LEAST_ROWS
 from megatron_medha.worker.rank import Rank
-from megatron_medha.worker.step_pieces import LEAST_ROWS
 
 NUM_LAYERS = 6  # so that 2 and 3 stages have layers alike
 KV_BYTES = 8 << 20
@@ -64,6 +64,7 @@ LAYOUTS = {
 }  # fmt: skip
 _COSTS = ("points_cpu_s", "switches", "switches_cpu_s")
 MOST_WAIT_S = 2.0
+LOOKS_PER_POINT = 2
 NO_STEP = 1 << 60  # a batch that never comes
 
 Found = dict[str, np.ndarray]
@@ -80,33 +81,44 @@ class WaitsAtPoints:
         points = rank._points
         assert points is not None and points.can_hold, "these ranks hold no step"
         rank._plain_decodes = None  # they pass by the model's forward, whose logits are compared
-        led, computed, stage, newest = points._led, points.computed, points._coord.spp, -1
+        led, computed, has_found, stage, newest = (
+            points._led, points.computed, points.has_found, points._coord.spp, -1,
+        )  # fmt: skip
+        looks: dict[int, int] = {}
+        points.look_interval_s = 0.0  # after each item of the library's work
 
         def note_newest(step: RankStep) -> None:
             nonlocal newest
             newest = newest if step.overtakes is None else step.batch_id
             computed(step)
 
+        def come(queued: Callable[[], Iterable[RankStep]], awaited: int) -> Iterable[RankStep]:
+            """The steps that are queued, once that one is or has been."""
+            started_s = time.monotonic()
+            while True:
+                steps = list(queued())
+                passing = [step for step in steps if step.overtakes is not None and points._has_come(step)]
+                waited_s = time.monotonic() - started_s
+                if passing or newest >= awaited or waited_s > MOST_WAIT_S:
+                    return steps
+                pause(waited_s)
+
+        def looking(point: int, held: RankStep, queued: Callable[[], Iterable[RankStep]]) -> bool:
+            """Looks of a stage of one rank count as points: it may have no other ones."""
+            if not points.is_alone:
+                return has_found(point, held, queued)
+            looks[held.batch_id] = number = looks.get(held.batch_id, 0) + 1
+            awaited = self.waits.get((held.batch_id, stage, number // LOOKS_PER_POINT), -1)
+            return has_found(point, held, lambda: come(queued, awaited))
 
         def waiting(
             place: int, held: RankStep, queued: Callable[[], Iterable[RankStep]], is_first: bool
         ) -> Iterator[int]:
             batch_id, point = divmod(place, 1 << 24)
             awaited = self.waits.get((batch_id, stage, point), -1)
-
-            def come() -> Iterable[RankStep]:
-                started_s = time.monotonic()
-                while True:
-                    steps = list(queued())
-                    passing = [step for step in steps if step.overtakes is not None and points._has_come(step)]
-                    waited_s = time.monotonic() - started_s
-                    if passing or newest >= awaited or waited_s > MOST_WAIT_S:
-                        return steps
-                    pause(waited_s)
-
             before_s = time.thread_time()
             num_found = 0
-            for found in led(place, held, come, is_first):
+            for found in led(place, held, lambda: come(queued, awaited), is_first):
                 num_found += 1
                 yield found
             notes["overtakings"] = notes.get("overtakings", 0) + num_found
@@ -115,6 +127,7 @@ class WaitsAtPoints:
                 notes["points_cpu_s"] = notes.get("points_cpu_s", 0.0) + time.thread_time() - before_s
 
         points._led, points.computed = waiting, note_newest  # type: ignore[method-assign]
+        points.has_found = looking  # type: ignore[method-assign]
         measure_switches(rank, notes)
 
 
@@ -146,7 +159,7 @@ class Played:
         for request_id in step.released:
             for kvp in range(self.drawn.layout.kvp):
                 self.num_sent.pop((request_id, kvp), None)
-        may_be_held = self.overtakes and step.num_pieces > 0
+        may_be_held = self.overtakes and step.num_blocks > 0
         for kvp in range(self.drawn.layout.kvp):
             chunks = tuple(chunk for chunk in step.chunks if kvp in chunk.kvp_ranks)
             new = [chunk for chunk in chunks if (chunk.request_id, kvp) not in self.num_sent]
@@ -157,7 +170,7 @@ class Played:
                     step.batch_id, chunks, tuple(self.new_request(chunk, kvp) for chunk in new), step.released,
                     tuple(sampled), tuple(self.append(chunk, kvp) for chunk in new),
                     step.overtakes if self.overtakes else None, may_be_held,
-                    3600.0, step.num_pieces * LEAST_ROWS if may_be_held else 0, step.leader,
+                    3600.0, step.num_blocks * LEAST_ROWS if may_be_held else 0, step.leader,
                 ),
             )  # fmt: skip
 
@@ -204,7 +217,7 @@ class Played:
         self.held_s += done.held_s
         for token in done.tokens:
             self.outputs.setdefault(token.request_id, []).append(token.token_id)
-        # By request: a step in pieces ends its chunks in another order.
+        # By request: a held step may end its chunks in another order.
         where = f"batch {done.batch_id}, rank {done.rank}"
         for token, logits_V in zip(done.tokens, [] if logits_RV is None else logits_RV, strict=True):
             self.found[f"{where}, {token.request_id}, token"] = np.array([token.token_id])
@@ -241,7 +254,7 @@ class Walks:
 
     def lose(self, drawn: RandomSteps, victim: int) -> None:
         """Kill a rank while all stages hold the first step for one that never comes, or wait for that step."""
-        first = next(step for step in drawn.steps if step.num_pieces)
+        first = next(step for step in drawn.steps if step.num_blocks)
         waits = {(first.batch_id, stage, 1): NO_STEP for stage in range(drawn.layout.spp)}
         self.load(drawn.layout, waits)
         played = Played(self.ranks, drawn, True, self.patience_s)
@@ -325,8 +338,8 @@ def _print_figures(layouts: list[str], cells: list[dict[str, Any]], failed: list
         switch_us = 1e6 * total["switches_cpu_s"] / max(1, total["switches"])
         row = "".join(f"{int(total[name]):13,}" for name in counted)
         print(f"{layout:12}{row}{point_us:10.1f} us{switch_us:10.1f} us")
-    print("CPU: of the rank that decides; a layer has as many points as pieces. A switch: with the answer, without")
-    print("the overtaking step itself.")
+    print("CPU: of the rank that decides; a layer has as many points as blocks of rows. A switch: with the answer,")
+    print("without the overtaking step itself.")
     return verdict(
         "walks that differ in a bit or come to a halt", f"{len(failed)} of {len(cells) + len(failed)}", "none",
         not failed,

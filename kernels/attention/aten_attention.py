@@ -8,17 +8,20 @@ Shapes: T query tokens, S slots, K key/value heads, G query heads per key/value 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange, check_shapes
+from megatron_medha.kernels.points import Points, pass_by
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 _MAX_CAPPED_SCORES = 1 << 24  # at once, in fp32
+_ROWS_BETWEEN_POINTS = 128    # each such part of the rows reads all keys again
 
 
 class SequenceRead(NamedTuple):
@@ -28,6 +31,17 @@ class SequenceRead(NamedTuple):
     slots: Tensor | slice  # a slice, read in place, where they are consecutive
     num_keys: int
     is_causal: bool  # aligned at the end: the last row sees all slots
+
+    def parts(self, num_rows: int) -> Iterator[SequenceRead]:
+        """The same by so many rows at a time."""
+        for first in range(self.rows.start, self.rows.stop, num_rows):
+            end = min(first + num_rows, self.rows.stop)
+            num_keys = self.num_keys - self.is_causal * (self.rows.stop - end)
+            if isinstance(self.slots, slice):
+                slots: Tensor | slice = slice(self.slots.start, self.slots.start + num_keys)
+            else:
+                slots = self.slots[:num_keys]
+            yield SequenceRead(slice(first, end), slots, num_keys, self.is_causal)
 
 
 class AtenPlan(NamedTuple):
@@ -44,6 +58,16 @@ class AtenAttention(AttentionBackend):
     name = "aten"
     reads_by_slots = True
     caps_scores = True
+    _points: Points | None = None
+
+    @contextmanager
+    def looking(self, points: Points) -> Iterator[None]:
+        """See AttentionBackend."""
+        self._points = points
+        try:
+            yield
+        finally:
+            self._points = None
 
     def allocate(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
@@ -89,8 +113,20 @@ class AtenAttention(AttentionBackend):
         check_shapes(q_TKGD, k_TKD, v_TKD)
         layer.k.index_copy_(1, plan.slots_W, k_TKD[plan.rows_W].transpose(0, 1))
         layer.v.index_copy_(1, plan.slots_W, v_TKD[plan.rows_W].transpose(0, 1))
-        parts = [_attend(q_TKGD[read.rows], layer, read, scale, self.score_cap) for read in plan.reads]
+        parts = [_attend(q_TKGD[read.rows], layer, read, scale, self.score_cap) for read in self._reads(plan)]
         return torch.cat([out_THD for out_THD, _ in parts]), torch.cat([lse_TH for _, lse_TH in parts])
+
+
+    def _reads(self, plan: AtenPlan) -> Iterator[SequenceRead]:
+        points, self._points = self._points, None  # none in what is computed at one
+        if points is None:
+            yield from plan.reads
+            return
+        for read in plan.reads:
+            for part in read.parts(_ROWS_BETWEEN_POINTS):
+                pass_by(points)
+                yield part
+        self._points = points
 
 
 def _attend(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_medha.kernels.kv.slot_table import SlotTable
+from megatron_medha.kernels.points import Points
 
 
 class LayerKV(NamedTuple):
@@ -115,6 +117,10 @@ class AttentionBackend(Protocol):
         A row that sees no key of this shard has lse -inf.
         """
         ...
+
+    def looking(self, points: Points) -> AbstractContextManager[None]:
+        """While it lasts, attention has these points; a CPU's does."""
+        return nullcontext()
 
     def attend_rotating(
         self,

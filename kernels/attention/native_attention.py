@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange, check_shapes
 from megatron_medha.kernels.native_build import gomp_parallel_address, native_library, native_target
 from megatron_medha.kernels.native_structs import native_struct
+from megatron_medha.kernels.points import Points, points_in_calls
 
 ROW_FIELDS = 11  # of `Rows` of native/layout.h
 _GROUP = 16
@@ -127,6 +129,10 @@ class NativeAttention(AttentionBackend):
         num_tokens, num_kv_heads, group, _ = q_TKGD.shape
         lse_TH = torch.empty(num_tokens, num_kv_heads * group)
         return self._attended(*self.prepared(plan, q_TKGD, k_TKD, v_TKD, layer, scale, lse_TH)), lse_TH
+
+    def looking(self, points: Points) -> AbstractContextManager[None]:
+        """See AttentionBackend; also calls of the decoder have them."""
+        return points_in_calls(self.library, points)
 
     def _attended(self, call: ctypes.Structure, out_THD: Tensor) -> Tensor:
         if self._attend(ctypes.byref(call)):

@@ -8,7 +8,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <map>
+#include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "attention_tiles.h"
@@ -82,7 +85,7 @@ class Work {
             parallel_for(call_.run_parallel, threads_for(count, MIN_PARALLEL_WRITE), call_.num_kv_heads * num_pieces, write_piece);
         }
         const int64_t cost = plan() * dim_;
-        const auto attend_item = [&](int64_t i) { attend(items_[i]); };
+        const auto attend_item = [&](int64_t i, Pause &pause) { return attend(i, pause); };
         const int64_t num_items = static_cast<int64_t>(items_.size());
         parallel_for(call_.run_parallel, threads_for(cost, MIN_PARALLEL_COST<T>), num_items, attend_item);
     }
@@ -140,9 +143,13 @@ class Work {
         // A quarter of a thread's share: the last item to end keeps the others waiting for an eighth on average.
         const int64_t target = std::max<int64_t>(1, cost / (4 * call_.num_threads));
         int64_t partial_size = 0;
-        for (Unit &u : units_) partial_size += cut(u, target);
-        static thread_local Buffer partial_memory;
-        float *partial = partial_memory.at_least<float>(partial_size);
+        // The last ones finer where there are many: all threads end together then.
+        const int64_t num_last = num_units >= 8 * call_.num_threads ? 2 * call_.num_threads : 0;
+        const int64_t fine_target = std::max(cost / (64 * call_.num_threads), 4 * MIN_PARALLEL_COST<T> / dim_);
+        for (int64_t i = 0; i < num_units; ++i)
+            partial_size += cut(units_[i], i < num_units - num_last ? target : std::min(target, fine_target));
+        static thread_local PerDepth<Buffer> partial_memory;
+        float *partial = partial_memory.now().at_least<float>(partial_size);
         for (Unit &u : units_)
             if (u.num_items > 1) {
                 u.pieces = partial;
@@ -217,33 +224,77 @@ class Work {
         Sums place(int64_t index) const { return Sums(sums + index * sums_size, num_rows); }
     };
 
-    void attend(const Item &item) {
-        Unit &unit = *item.unit;
+    // How far a thread is with an item.
+    struct Progress {
+        Buffer memory;
+        Scratch scratch;
+        MergeTree tree;        // of the result at hand
+        int64_t next_key = 0;
+        int64_t num_done = 0;  // results, or pieces
+    };
+
+    // False: it was left, to be gone on with, at the next partition of its keys.
+    bool attend(int64_t number, Pause &pause) {
+        const Item &item = items_[number];
+        static thread_local Progress progress;
+        if (!take_up(number, progress)) begin(item, progress);
+        const bool is_done = item.unit->pieces == nullptr ? add_results(*item.unit, progress, pause)
+                                                          : add_pieces(item, progress, pause);
+        if (!is_done) {
+            const std::lock_guard<std::mutex> lock(left_lock_);
+            std::swap(left_[number], progress);
+        }
+        return is_done;
+    }
+
+    bool take_up(int64_t number, Progress &progress) {
+        const std::lock_guard<std::mutex> lock(left_lock_);
+        const auto found = left_.find(number);
+        if (found == left_.end()) return false;
+        std::swap(found->second, progress);
+        left_.erase(found);
+        return true;
+    }
+
+    void begin(const Item &item, Progress &progress) const {
+        const Unit &unit = *item.unit;
         const int64_t num_rows = unit.end_row - unit.first_row, size = Sums::size(num_rows, dim_);
         const int64_t num_places = places_of(item), lanes_size = (num_rows * WIDTH + 15) / 16 * 16;
-        static thread_local Buffer memory;
-        float *const queries = memory.at_least<float>(
+        float *const queries = progress.memory.template at_least<float>(
             num_rows * dim_ + num_places * size + lanes_size + tile_memory_size(num_rows)
         );
         float *const sums = queries + num_rows * dim_, *const lanes = sums + num_places * size;
-        const Scratch scratch{queries, lanes, lanes + lanes_size, sums, num_rows, size};
+        progress.scratch = {queries, lanes, lanes + lanes_size, sums, num_rows, size};
+        progress.tree = MergeTree();
+        progress.next_key = item.first_key;
+        progress.num_done = 0;
         pack_queries(unit, queries);
-        if (unit.pieces == nullptr) {
-            for (int64_t i = 0, first = 0; i < num_results(unit); ++i) {
-                const int64_t end = end_key_of(unit, i);
-                const bool has_keys = gather(unit, first, end, scratch);
-                write_result(unit, i, has_keys ? scratch.place(0) : Sums());
-                first = end;
-            }
-            return;
+    }
+
+    // Of a unit that is one item.
+    bool add_results(const Unit &unit, Progress &progress, Pause &pause) const {
+        for (; progress.num_done < num_results(unit); ++progress.num_done) {
+            if (!gather(unit, progress, end_key_of(unit, progress.num_done), pause)) return false;
+            const bool has_keys = finish(progress);
+            write_result(unit, progress.num_done, has_keys ? progress.scratch.place(0) : Sums());
         }
-        float *piece = unit.pieces + item.first_piece * size;
-        each_piece(item, [&](int64_t, int64_t first_key, int64_t end_key) {
-            gather(unit, first_key, end_key, scratch);
-            std::copy_n(scratch.sums, size, piece);
-            piece += size;
+        return true;
+    }
+
+    bool add_pieces(const Item &item, Progress &progress, Pause &pause) const {
+        Unit &unit = *item.unit;
+        const int64_t size = progress.scratch.sums_size;
+        int64_t number = 0;
+        bool is_left = false;
+        each_piece(item, [&](int64_t, int64_t, int64_t end_key) {
+            if (is_left || number++ < progress.num_done) return;
+            is_left = !gather(unit, progress, end_key, pause);
+            if (is_left) return;
+            finish(progress);
+            std::copy_n(progress.scratch.sums, size, unit.pieces + (item.first_piece + progress.num_done++) * size);
         });
-        if (unit.num_items_left.fetch_sub(1) == 1) merge_pieces(unit);  // the last of the unit's items to end
+        if (!is_left && unit.num_items_left.fetch_sub(1) == 1) merge_pieces(unit);  // the last of the unit's to end
+        return !is_left;
     }
 
     static int64_t places_of(const Item &item) {
@@ -252,22 +303,26 @@ class Work {
         return MergeTree::num_places(rows.partition_of(item.first_key), rows.partition_of(item.end_key - 1) + 1);
     }
 
-    // Keys [first_key, end_key), partition by partition, into place 0; false: there are none.
-    bool gather(const Unit &unit, int64_t first_key, int64_t end_key, const Scratch &scratch) const {
+    // Keys up to end_key, partition by partition; false: it was left before the last.
+    bool gather(const Unit &unit, Progress &progress, int64_t end_key, Pause &pause) const {
         const Rows &rows = *unit.rows;
-        const int64_t num_rows = scratch.num_rows;
-        MergeTree tree;
-        const auto merge = [&](int64_t place) {
-            scratch.place(place).merge(scratch.place(place + 1), num_rows, dim_);
-        };
-        for (int64_t key = first_key; key < end_key;) {
-            const int64_t partition = rows.partition_of(key), end = std::min(rows.first_key_of(partition + 1), end_key);
-            GrowingSums sums(scratch.place(tree.place_for(partition, merge)), scratch.lanes, num_rows, dim_);
-            add_keys(unit, key, end, scratch.queries, sums, scratch.tiles);
-            sums.finish(num_rows);
-            key = end;
+        const Scratch &scratch = progress.scratch;
+        const auto merge = merge_in(scratch);
+        while (progress.next_key < end_key) {
+            const int64_t first = progress.next_key, partition = rows.partition_of(first);
+            const int64_t end = std::min(rows.first_key_of(partition + 1), end_key);
+            GrowingSums sums(scratch.place(progress.tree.place_for(partition, merge)), scratch.lanes, scratch.num_rows, dim_);
+            add_keys(unit, first, end, scratch.queries, sums, scratch.tiles);
+            sums.finish(scratch.num_rows);
+            progress.next_key = end;
+            if (end < end_key && pause.is_asked()) return false;
         }
-        return tree.finish(merge);
+        return true;
+    }
+    // What was gathered, into place 0; false: there are no keys.
+    bool finish(Progress &progress) const { return progress.tree.finish(merge_in(progress.scratch)); }
+    auto merge_in(const Scratch &scratch) const {
+        return [&](int64_t place) { scratch.place(place).merge(scratch.place(place + 1), scratch.num_rows, dim_); };
     }
 
     void merge_pieces(const Unit &unit) const {
@@ -577,6 +632,8 @@ class Work {
     const int64_t dim_;
     std::vector<Unit> units_;
     std::vector<Item> items_;
+    std::mutex left_lock_;
+    std::map<int64_t, Progress> left_;  // items that were begun, by number
 };
 
 }  // namespace

@@ -86,7 +86,7 @@ class Decoder {
           attended_size_(num_heads_ * call.head_dim) {}
 
     void run() {
-        static thread_local Buffer memory;
+        static thread_local PerDepth<Buffer> memory;
         const int64_t num_tokens = call_.num_tokens, hidden = call_.hidden_size;
         int64_t up_size = 0, ffn_size = 0, most_experts = 0;
         for (int64_t i = 0; i < call_.num_layers; ++i) {
@@ -96,7 +96,7 @@ class Decoder {
             most_experts = std::max<int64_t>(most_experts, call_.layers[i].experts != nullptr);
         }
         const int64_t row = hidden * (1 + 2 * most_experts) + mixed_size_ + attended_size_ + up_size + ffn_size + 1;
-        normed_ = memory.at_least<uint16_t>(std::max(num_tokens * row, call_.num_logit_rows * 2 * hidden));
+        normed_ = memory.now().at_least<uint16_t>(std::max(num_tokens * row, call_.num_logit_rows * 2 * hidden));
         mixed_ = normed_ + num_tokens * hidden;
         attended_ = mixed_ + num_tokens * mixed_size_;
         up_ = attended_ + num_tokens * attended_size_;

@@ -36,13 +36,13 @@ class Experts {
 
     // A row is one token at one of its experts; rows of an expert lie together, in the order of their tokens.
     void run() {
-        static thread_local Buffer row_memory, float_memory, place_memory;
+        static thread_local PerDepth<Buffer> row_memory, float_memory, place_memory;
         const int64_t hidden = call_.hidden_size, up_size = activation_.has_gate ? 2 * ffn_size_ : ffn_size_;
-        in_ = row_memory.at_least<uint16_t>(num_rows_ * (hidden + ffn_size_ + (is_gate_fused_ ? 0 : up_size)));
+        in_ = row_memory.now().at_least<uint16_t>(num_rows_ * (hidden + ffn_size_ + (is_gate_fused_ ? 0 : up_size)));
         activated_ = in_ + num_rows_ * hidden;
         up_ = is_gate_fused_ ? nullptr : activated_ + num_rows_ * ffn_size_;
-        weights_ = float_memory.at_least<float>(num_rows_ + call_.num_tokens * router_.num_experts);
-        chosen_ = place_memory.at_least<int32_t>(3 * num_rows_);
+        weights_ = float_memory.now().at_least<float>(num_rows_ + call_.num_tokens * router_.num_experts);
+        chosen_ = place_memory.now().at_least<int32_t>(3 * num_rows_);
         row_of_ = chosen_ + num_rows_;
         source_of_ = row_of_ + num_rows_;
         route();

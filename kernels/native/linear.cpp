@@ -244,11 +244,11 @@ class Linear {
 // One job of all inputs' copies, then one of all products: of several small layers each thread has enough to do.
 template <class Kernel>
 void run_all(const LinearCall *calls, int64_t count) {
-    static thread_local std::vector<Kernel> kernels_of_thread;
-    static thread_local std::vector<int64_t> ends_of_thread;
-    static thread_local Buffer input_memory;
-    std::vector<Kernel> &kernels = kernels_of_thread;
-    std::vector<int64_t> &ends = ends_of_thread;  // of each layer's items among all
+    static thread_local PerDepth<std::vector<Kernel>> kernels_of_thread;
+    static thread_local PerDepth<std::vector<int64_t>> ends_of_thread;
+    static thread_local PerDepth<Buffer> input_memory;
+    std::vector<Kernel> &kernels = kernels_of_thread.now();
+    std::vector<int64_t> &ends = ends_of_thread.now();  // of each layer's items among all
     kernels.clear();
     ends.assign(count, 0);
     int64_t work = 0, num_inputs = 0, num_items = 0;
@@ -266,7 +266,7 @@ void run_all(const LinearCall *calls, int64_t count) {
     const auto threads_for = [&](int64_t amount, int64_t least) {
         return useful_threads(calls[0].run_parallel, calls[0].num_threads, amount, least);
     };
-    typename Kernel::Input *inputs = input_memory.at_least<typename Kernel::Input>(num_inputs);
+    typename Kernel::Input *inputs = input_memory.now().at_least<typename Kernel::Input>(num_inputs);
     for (int64_t c = 0; c < count; ++c) {
         kernels[c].copy_to(inputs);
         inputs += kernels[c].num_copied_inputs();

@@ -200,7 +200,7 @@ extern "C" int medha_merge_shards(const Call *call, const Exchange *exchange, in
 
 // medha_attend, whose results in call->nodes go to the other ranks. Then, with wait_ns > 0, medha_merge_shards.
 extern "C" int medha_attend_shard(const Call *call, Exchange *exchange, int64_t wait_ns) {
-    if (medha_attend(call)) return FAILED;
+    if (medha_attend(call) || is_out_of_memory(agree_at_point)) return FAILED;
     exchange->attended_ns = now_ns();
     for (int64_t rank = 0; rank < exchange->num_ranks; ++rank)
         if (shares_with(*exchange, rank)) send(*call, *exchange, rank);

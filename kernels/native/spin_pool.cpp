@@ -41,6 +41,14 @@ struct SpinPool {
     std::condition_variable called;
     int64_t num_workers = 0;
 
+    void put_on_duty() {
+        {
+            const std::lock_guard<std::mutex> lock(door);
+            is_on_duty.store(true);
+        }
+        called.notify_all();
+    }
+
     // Never destroyed: workers sleep in it when the process ends.
     static SpinPool &get() {
         static SpinPool *const pool = new SpinPool;
@@ -82,29 +90,37 @@ struct SpinPool {
     }
 };
 
+thread_local bool has_pool_of_thread = false;  // this thread has made a PoolScope that has the pool
+
 }  // namespace
 
 void run_in_spin_pool(void (*body)(void *), void *data, unsigned, unsigned) { SpinPool::get().run(body, data); }
 
-PoolScope::PoolScope(int64_t num_threads) : has_pool_(false) {
+PoolScope::PoolScope(int64_t num_threads) : has_pool_(false), is_inner_(has_pool_of_thread) {
     if (num_threads < 2) return;
     SpinPool &pool = SpinPool::get();
-    if (!pool.duty.try_lock()) return;
-    has_pool_ = true;
+    if (!is_inner_ && !pool.duty.try_lock()) return;
+    has_pool_ = has_pool_of_thread = true;
     try {
         for (; pool.num_workers < num_threads - 1; ++pool.num_workers) std::thread([&pool] { pool.work(); }).detach();
     } catch (const std::system_error &) {  // no more threads to be had: fewer do the same work
     }
-    {
-        const std::lock_guard<std::mutex> lock(pool.door);
-        pool.is_on_duty.store(true);
-    }
-    pool.called.notify_all();
+    pool.put_on_duty();
 }
 
 PoolScope::~PoolScope() {
     if (!has_pool_) return;
     SpinPool &pool = SpinPool::get();
     pool.is_on_duty.store(false, std::memory_order_release);
+    if (is_inner_) return;
+    has_pool_of_thread = false;
     pool.duty.unlock();
+}
+
+PoolBreak::PoolBreak() {
+    if (has_pool_of_thread) SpinPool::get().is_on_duty.store(false, std::memory_order_release);
+}
+
+PoolBreak::~PoolBreak() {
+    if (has_pool_of_thread) SpinPool::get().put_on_duty();
 }

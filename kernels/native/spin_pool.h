@@ -18,7 +18,8 @@ inline int64_t useful_threads(RunParallel run_parallel, int64_t num_threads, int
     return work >= (is_spinning(run_parallel) ? asleep / WAKING_OVER_JOINING : asleep) ? num_threads : 1;
 }
 
-// Workers stand ready while this lives. One at a time in a process; further ones get no workers.
+// Workers stand ready while this lives. One at a time in a process; further ones get no workers, unless the same thread
+// makes them within a PoolBreak.
 class PoolScope {
   public:
     explicit PoolScope(int64_t num_threads);
@@ -30,4 +31,14 @@ class PoolScope {
 
   private:
     bool has_pool_;
+    const bool is_inner_;
+};
+
+// While this lives, between two jobs, the workers of this thread's PoolScope sleep.
+class PoolBreak {
+  public:
+    PoolBreak();
+    ~PoolBreak();
+    PoolBreak(const PoolBreak &) = delete;
+    PoolBreak &operator=(const PoolBreak &) = delete;
 };

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <limits>
 #include <new>
+#include <utility>
 
 #include "simd.h"
 #include "storage.h"
@@ -16,6 +17,13 @@ constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 // Memory that is kept for the next call.
 class Buffer {
   public:
+    Buffer() = default;
+    Buffer(Buffer &&other) noexcept { *this = std::move(other); }
+    Buffer &operator=(Buffer &&other) noexcept {
+        std::swap(memory_, other.memory_);
+        std::swap(bytes_, other.bytes_);
+        return *this;
+    }
     ~Buffer() { std::free(memory_); }
     template <class T>
     T *at_least(int64_t count) {

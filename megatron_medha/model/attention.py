@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.attention.merge import with_sinks
 from megatron_medha.model.inference_context import PackedBatch
-from megatron_medha.model.rotary import Rotary, rotate
+from megatron_medha.model.rotary import Rotary, Rotation, rotate
 
 
 def attend(
@@ -33,6 +33,13 @@ def attend(
 
     sinks_H: a score for each head that takes its part of the softmax and brings no value; None: there is none.
     """
+    held = batch.held
+    if held is not None:
+        with batch.backend.looking(held.points):
+            out_THD = _attend_looking(batch, q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H, is_windowed)
+        if batch.shared is None:
+            held.points.agree()
+        return out_THD
     plan = batch.window_plan if is_windowed else batch.plan
     if batch.shared is None:
         return _attend_alone(batch.backend, plan, q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H)
@@ -47,6 +54,34 @@ def attend(
     parts = (q_TKGD[alone], k_TKD[alone], v_TKD[alone])
     out_THD = _attend_alone(batch.backend, plan, *parts, layer, scale, sinks_H)
     return torch.cat((out_THD, merged()))
+
+
+def _attend_looking(
+    batch: PackedBatch,
+    q_TKGD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    layer: LayerKV,
+    scale: float,
+    sinks_H: Tensor | None,
+    is_windowed: bool,
+) -> Tensor:
+    """The same with points. Shared rows come last: between what they send and receive no other step may send."""
+    assert batch.held is not None
+    num_alone = batch.shared.first_row if batch.shared is not None else len(q_TKGD)
+    parts = []
+    if num_alone:
+        alone = slice(0, num_alone)
+        plan = batch.window_plan if is_windowed else batch.plan
+        tensors = (q_TKGD[alone], k_TKD[alone], v_TKD[alone])
+        parts.append(_attend_alone(batch.backend, plan, *tensors, layer, scale, sinks_H))
+    if batch.shared is not None:
+        attention = batch.shared.windowed if is_windowed else batch.shared.attention
+        assert attention is not None
+        shared = slice(num_alone, None)
+        tensors = (q_TKGD[shared], k_TKD[shared], v_TKD[shared])
+        parts.append(attention.attend(*tensors, layer, scale, sinks_H, agree=batch.held.points.agree))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _attend_alone(
@@ -123,22 +158,29 @@ class MedhaSelfAttention(SelfAttention):
         """
         if inference_context is None:
             return self._forward_training(hidden_states)
-        project = self._projected if inference_context.is_rotated_by_backend else self._rotated
-        q_TKGD, k_TKD, v_TKD = project(hidden_states, inference_context)
-        out_THD = self.core_attention(q_TKGD, k_TKD, v_TKD, inference_context, self._layer_index)
+        if inference_context.is_rotated_by_backend:
+            q_TKGD, k_TKD, v_TKD = self._projected(hidden_states)
+        else:
+            q_TKGD, k_TKD, v_TKD = self.rotated(hidden_states, inference_context.rotation)
+        out_THD = self.attended(q_TKGD, k_TKD, v_TKD, inference_context)
         return self.linear_proj(out_THD.flatten(1).unsqueeze(1))
 
-    def _rotated(self, hidden_T1C: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def rotated(self, hidden_T1C: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, K, G, D] and keys [T, K, D] at their positions, and values [T, K, D]."""
         if self._has_qk_norm:
-            q_TKGD, k_TKD, v_TKD = self._projected(hidden_T1C, batch)
-            return rotate(q_TKGD, batch.rotation), rotate(k_TKD, batch.rotation), v_TKD
+            q_TKGD, k_TKD, v_TKD = self._projected(hidden_T1C)
+            return rotate(q_TKGD, rotation), rotate(k_TKD, rotation), v_TKD
         mixed_TKJD = self._mixed(hidden_T1C)
-        turned_TKJD = rotate(mixed_TKJD[:, :, :-1], batch.rotation)  # all but the value at once
+        turned_TKJD = rotate(mixed_TKJD[:, :, :-1], rotation)  # all but the value at once
         return turned_TKJD[:, :, :-1], turned_TKJD[:, :, -1], mixed_TKJD[:, :, -1]
 
-    def _projected(self, hidden_T1C: Tensor, _: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """The same before rotation."""
+    def attended(self, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, batch: PackedBatch) -> Tensor:
+        """Core attention of a packed batch, out_THD."""
+        out_THD: Tensor = self.core_attention(q_TKGD, k_TKD, v_TKD, batch, self._layer_index)
+        return out_THD
+
+    def _projected(self, hidden_T1C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before rotation."""
         if self._has_qk_norm:
             query, key, value = self.get_query_key_value_tensors(hidden_T1C, None)
             num_tokens, _, num_kv_heads, head_dim = key.shape

@@ -8,9 +8,9 @@ own layers and the kernels put into them.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ from megatron_medha.kernels.native_build import NativeUnavailable
 from megatron_medha.model.attention import MedhaSelfAttention
 from megatron_medha.model.experts import ExpertsLayer
 from megatron_medha.model.general_layers import GeneralCoreAttention, GeneralSelfAttention, GeneralTransformerLayer
-from megatron_medha.model.inference_context import BatchPiece, PackedBatch
+from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.layer import MedhaTransformerLayer
 from megatron_medha.model.native_parts import (
     UnsupportedPart,
@@ -75,7 +75,7 @@ def use_cpu_kernels(
         return None
     finally:
         pack_routers(model)
-    forward = NativeForward(model, decoder)
+    forward = NativeForward(model, decoder, backend)
     model.forward = forward  # type: ignore[method-assign]
     log.info("decode=native layers=%d calls=%d", decoder.num_layers, len(forward.runs))
     # A call has one plan of what its rows see.
@@ -99,8 +99,9 @@ def layer_runs(is_windowed: Sequence[bool]) -> tuple[LayerRun, ...]:
 class NativeForward:
     """Stands in for the forward of a GPTModel. Batches with rows shared among kvp ranks take the model's own."""
 
-    def __init__(self, model: GPTModel, decoder: NativeDecoder) -> None:
+    def __init__(self, model: GPTModel, decoder: NativeDecoder, backend: AttentionBackend) -> None:
         self.decoder = decoder
+        self._backend = backend
         self.plain = model.forward
         self._block = model.decoder
         self._is_first, self._is_last = model.pre_process, model.post_process
@@ -115,38 +116,39 @@ class NativeForward:
         batch = inference_context
         if batch is None:
             return self.plain(token_ids_1T, *args, inference_context=None, **kwargs)
-        pieces = batch.pieces or (BatchPiece(slice(None), batch),)
-        if any(piece.batch.shared is not None for piece in pieces):
+        if batch.shared is not None:
             return self.plain(token_ids_1T, *args, inference_context=inference_context, **kwargs)
         if self._is_first:
             token_ids_T = token_ids_1T[0]
             hidden_TC = torch.empty(len(token_ids_T), self._hidden_size, dtype=torch.bfloat16)
         else:
             token_ids_T, hidden_TC = None, self._block.input_tensor[:, 0].contiguous()
-        num_layers, runs = self.decoder.num_layers, self.runs
-        if len(pieces) > 1 or pieces[0].batch.before_layer is not None:
+        num_layers, runs, held = self.decoder.num_layers, self.runs, batch.held
+        # Ranks that compute nothing together still agree on a step's order with others that do: at its points.
+        agrees = held is not None and not held.is_alone
+        if agrees or batch.before_layer is not None:
             runs = tuple(LayerRun(range(i, i + 1), run.is_windowed) for run in runs for i in run.layers)
-        logits = []
-        for (layers, is_windowed), part in itertools.product(runs, pieces):
-            rows, piece = part.rows, part.batch
-            if piece.before_layer is not None:
-                piece.before_layer()
+        logits_RV = None
+        for layers, is_windowed in runs:
+            if batch.before_layer is not None:
+                batch.before_layer()
             is_last = self._is_last and layers.stop == num_layers
-            logits_RV = self.decoder.run(
-                hidden_TC[rows],
-                piece.window_plan if is_windowed else piece.plan,
-                piece.kv_layers,
-                piece.rotation[:2],
-                token_ids_T=token_ids_T[rows] if token_ids_T is not None and layers.start == 0 else None,
-                positions_T=piece.positions_T,
-                logit_rows_R=piece.logit_rows if is_last else None,
-                layers=layers,
-            )
-            if logits_RV is not None:
-                logits.append(logits_RV)
+            with nullcontext() if held is None else self._backend.looking(held.points):
+                logits_RV = self.decoder.run(
+                    hidden_TC,
+                    batch.window_plan if is_windowed else batch.plan,
+                    batch.kv_layers,
+                    batch.rotation[:2],
+                    token_ids_T=token_ids_T if layers.start == 0 else None,
+                    positions_T=batch.positions_T,
+                    logit_rows_R=batch.logit_rows if is_last else None,
+                    layers=layers,
+                )
+            if held is not None and agrees:
+                held.points.agree(held.num_blocks)
         if not self._is_last:
             return hidden_TC.unsqueeze(1)
-        logits_RV = logits[0] if len(logits) == 1 else torch.cat(logits)
+        assert logits_RV is not None
         if batch.hidden_rows is not None:
             batch.hidden = self._block.final_layernorm(hidden_TC.index_select(0, batch.hidden_rows))
         return logits_RV.unsqueeze(0)

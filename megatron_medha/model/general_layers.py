@@ -31,11 +31,13 @@ class GeneralTransformerLayer(TransformerLayer):
         self, hidden_states: Tensor, *args: Any, inference_context: PackedBatch, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: [T, 1, C]. Returns (output of that shape, None)."""
-        if inference_context.pieces:
-            return inference_context.piecewise(self.forward, hidden_states)
-        if inference_context.before_layer is not None:
-            inference_context.before_layer()
-        return super().forward(hidden_states, inference_context=inference_context)
+        if inference_context.held is None:
+            if inference_context.before_layer is not None:
+                inference_context.before_layer()
+            return super().forward(hidden_states, inference_context=inference_context)
+        attended, _ = self._forward_attention(hidden_states, inference_context=inference_context)
+        blocks = inference_context.held.agreed_blocks(len(attended))
+        return torch.cat([self._forward_mlp(attended[rows], inference_context) for rows in blocks]), None
 
 
 class PostNormLayer(TransformerLayer):
@@ -56,8 +58,14 @@ class PostNormLayer(TransformerLayer):
             inference_context.before_layer()
         attended = self.self_attention(self.input_layernorm(hidden_states), inference_context=inference_context)
         hidden_states = hidden_states + self.post_attention_layernorm(_with_bias(*attended))
-        computed = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        return hidden_states + self.post_mlp_layernorm(_with_bias(*computed)), None
+        if inference_context.held is None:
+            return self._with_mlp(hidden_states), None
+        blocks = inference_context.held.agreed_blocks(len(hidden_states))
+        return torch.cat([self._with_mlp(hidden_states[rows]) for rows in blocks]), None
+
+    def _with_mlp(self, hidden_T1C: Tensor) -> Tensor:
+        computed = self.mlp(self.pre_mlp_layernorm(hidden_T1C))
+        return hidden_T1C + self.post_mlp_layernorm(_with_bias(*computed))
 
 
 def _with_bias(output: Tensor, bias: Tensor | None) -> Tensor:
@@ -113,18 +121,19 @@ class GeneralCoreAttention(torch.nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """query: [T, 1, H, D], key, value: [T, 1, K, D], not rotated yet; returns [T, 1, H * D]."""
-        assert self.batch is not None, "general layers compute packed batches only"
+        batch = self.batch  # another one's, once a step has overtaken this one
+        assert batch is not None, "general layers compute packed batches only"
         q_THD, k_TKD, v_TKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.is_rotated:
-            rotation = self.batch.rotation
+            rotation = batch.rotation
             if self.is_local:
                 assert rotation.local is not None
                 rotation = rotation.local
             q_THD, k_TKD = self.rotated(q_THD, rotation), self.rotated(k_TKD, rotation)
         q_TKGD = q_THD.unflatten(1, (k_TKD.shape[1], -1))
-        layer = self.batch.kv_layers[self.layer_index]
+        layer = batch.kv_layers[self.layer_index]
         out_THD = attend(
-            self.batch, q_TKGD, k_TKD, v_TKD, layer, self.scale, self.softmax_offset, is_windowed=self.is_windowed
+            batch, q_TKGD, k_TKD, v_TKD, layer, self.scale, self.softmax_offset, is_windowed=self.is_windowed
         )
         return out_THD.flatten(1).unsqueeze(1)
 

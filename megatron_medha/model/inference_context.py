@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
+from megatron_medha.kernels.points import HeldStep
 from megatron_medha.model.rotary import Rotation
 from megatron_medha.model.shared_attention import SharedAttention
 
@@ -22,14 +22,6 @@ class SharedRows:
     first_row: int
     attention: SharedAttention  # of these rows alone
     windowed: SharedAttention | None = None  # the same in layers with a window
-
-
-@dataclass(frozen=True, slots=True)
-class BatchPiece:
-    """Consecutive rows of a packed batch, which every layer computes as a batch of their own."""
-
-    rows: slice
-    batch: PackedBatch
 
 
 class PackedBatch(BaseInferenceContext):
@@ -51,7 +43,7 @@ class PackedBatch(BaseInferenceContext):
         hidden_rows: Tensor | None = None,
         shared: SharedRows | None = None,
         before_layer: Callable[[], None] | None = None,
-        pieces: Sequence[BatchPiece] = (),
+        held: HeldStep | None = None,
     ) -> None:
         """plan: the backend's own, from `backend.plan`, for the rows before `shared`; None when there are none.
 
@@ -62,8 +54,7 @@ class PackedBatch(BaseInferenceContext):
         hidden_rows: int64, rows whose final hidden states are kept in `hidden` (for prompt logprobs, whose
         logits over a whole chunk would not fit in memory at once).
         before_layer: called before each layer; what must not wait for the whole batch is done there.
-        pieces: of all rows, in their order, computed one after the other in each layer; of the batch itself a layer
-        looks at nothing else then.
+        held: how layers look for steps that overtake this one; None: it is not held.
         """
         super().__init__(materialize_only_last_token_logits=True)
         self.backend = backend
@@ -76,17 +67,10 @@ class PackedBatch(BaseInferenceContext):
         # Rows whose partial results go to other ranks are rotated beforehand: those ranks attend with them as they are.
         self.is_rotated_by_backend = shared is None and backend.rotates
         self.before_layer = before_layer
-        self.pieces = pieces
+        self.held = held
         self.hidden: Tensor | None = None
         self.logit_rows = logit_rows
         self.hidden_rows = hidden_rows
-
-    def piecewise(
-        self, layer: Callable[..., tuple[Tensor, Tensor | None]], hidden_T1C: Tensor
-    ) -> tuple[Tensor, None]:
-        """A layer's output, piece by piece."""
-        parts = [layer(hidden_T1C[piece.rows], inference_context=piece.batch)[0] for piece in self.pieces]
-        return torch.cat(parts), None
 
     def is_static_batching(self) -> bool:
         """False: rows of many requests, each at its own position."""

@@ -30,6 +30,11 @@ class Rotation(NamedTuple):
     signed_sin_TD: Tensor  # its first half negated, so that a rolled input needs no sign of its own
     local: Rotation | None = None  # the same in local layers, where these have a base of their own
 
+    def rows(self, rows: slice) -> Rotation:
+        """Of some tokens."""
+        local = None if self.local is None else self.local.rows(rows)
+        return Rotation(self.cos_TD[rows], self.signed_sin_TD[rows], local)
+
 
 class Rotary:
     """The rotary embedding of one model."""

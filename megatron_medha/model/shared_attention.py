@@ -36,12 +36,13 @@ class SharedAttention(Protocol):
         layer: LayerKV,
         scale: float,
         sinks_H: Tensor | None = None,
+        agree: Callable[[], None] | None = None,
     ) -> Tensor:
         """Write this rank's own keys and values to the pool, and attend over all ranks' shards; returns out_THD.
 
-        sinks_H: see with_sinks.
+        sinks_H: see with_sinks. agree: called before anything is sent; the library asks its points itself.
         """
-        return self.begin(q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H)()
+        return self.begin(q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H, agree)()
 
     def begin(
         self,
@@ -51,6 +52,7 @@ class SharedAttention(Protocol):
         layer: LayerKV,
         scale: float,
         sinks_H: Tensor | None = None,
+        agree: Callable[[], None] | None = None,
     ) -> Callable[[], Tensor]:
         """`attend`, without waiting for other ranks; what is returned is called for out_THD before the next layer's."""
         ...
@@ -73,11 +75,14 @@ class MergedOutputs(SharedAttention):
         layer: LayerKV,
         scale: float,
         sinks_H: Tensor | None = None,
+        agree: Callable[[], None] | None = None,
     ) -> Callable[[], Tensor]:
         """See SharedAttention."""
         own = self._backend.attend_with_lse(self._plan, q_TKGD, k_TKD, v_TKD, layer, scale)
         if sinks_H is not None:
             own = with_sinks(*own, self._parts_of_sinks(sinks_H))
+        if agree is not None:
+            agree()
         on_their_way = self._exchange.begin(*own)
 
         def merged() -> Tensor:
@@ -118,11 +123,12 @@ class MergedNodes(SharedAttention):
         layer: LayerKV,
         scale: float,
         sinks_H: Tensor | None = None,
+        agree: Callable[[], None] | None = None,
     ) -> Tensor:
         """See SharedAttention."""
         begun = self._native.begin(q_TKGD, k_TKD, v_TKD, layer, scale, has_lse=sinks_H is not None)
         if not self._fits_slots(begun):
-            return self._begun(begun, sinks_H)()
+            return self._begun(begun, sinks_H, agree)()
         if self._native.attend_and_send(begun, _NATIVE_WAIT_NS):
             return _output(begun, sinks_H)
         return self._merged(begun, sinks_H)
@@ -135,16 +141,21 @@ class MergedNodes(SharedAttention):
         layer: LayerKV,
         scale: float,
         sinks_H: Tensor | None = None,
+        agree: Callable[[], None] | None = None,
     ) -> Callable[[], Tensor]:
         """See SharedAttention."""
         begun = self._native.begin(q_TKGD, k_TKD, v_TKD, layer, scale, has_lse=sinks_H is not None)
-        return self._begun(begun, sinks_H)
+        return self._begun(begun, sinks_H, agree)
 
-    def _begun(self, begun: PendingShard, sinks_H: Tensor | None) -> Callable[[], Tensor]:
+    def _begun(
+        self, begun: PendingShard, sinks_H: Tensor | None, agree: Callable[[], None] | None = None
+    ) -> Callable[[], Tensor]:
         if self._fits_slots(begun):
             self._native.attend_and_send(begun)
             return partial(self._merged, begun, sinks_H)
         self._native.attend(begun)
+        if agree is not None:
+            agree()
         on_their_way = self._exchange.begin(begun.nodes_NHE)
 
         def merged() -> Tensor:

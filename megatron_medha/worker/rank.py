@@ -20,6 +20,7 @@ from megatron_medha.core.kv.ops import KVOp
 from megatron_medha.core.stage_plan import StagePlan, stage_plan
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.linear.native_decoder import NativeDecoder
+from megatron_medha.kernels.points import HeldStep
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.draw import SamplingRow
 from megatron_medha.model.rotary import Rotary
@@ -31,7 +32,7 @@ from megatron_medha.parallel.stage_link import PendingReceive, StageLink
 from megatron_medha.worker.batch_tensors import HostStep, KVShards, StepTensors, host_step, step_tensors
 from megatron_medha.worker.cuda_graphs import StepGraphs
 from megatron_medha.worker.grammar_masks import GrammarMasks
-from megatron_medha.worker.hold_points import HoldPoints, StepPoints
+from megatron_medha.worker.hold_points import HoldPoints, StepPoints, num_blocks_of
 from megatron_medha.worker.plain_decodes import PlainDecodes
 from megatron_medha.worker.prompt_rows import logprobs_of_prompts
 from megatron_medha.worker.run_ahead import (
@@ -43,7 +44,6 @@ from megatron_medha.worker.run_ahead import (
     pending_rows,
 )
 from megatron_medha.worker.step_clock import StepTimer
-from megatron_medha.worker.step_pieces import cut, joined, num_pieces_of
 from megatron_medha.worker.table_ops import execute_kv_ops
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
 
@@ -226,9 +226,9 @@ class Rank:
         if work.chunks:
             points.begin()
         else:
-            points.beside()
+            points.end()
         done = self._compute(work, points)
-        self._points.ended(work.step)
+        points.end()
         return done
 
     def _take_queued(self) -> Sequence[RankStep]:
@@ -360,21 +360,16 @@ class Rank:
         """Run the model over chunks, whose tables hold their blocks. work: the step they are of."""
         if self._plain_decodes is not None and self._plain_decodes.takes(chunks):
             return _ForwardResult(tuple(request for _, request in chunks), self._plain_decodes.logits(chunks))
+        host = self._host(chunks, None if work is None else work.plan)
+        logits_RV = None if self.graphs is None else self.graphs.run(host)
+        if logits_RV is not None:
+            return _ForwardResult(host.sampling_requests, logits_RV)
+        tensors = self._tensors(chunks, host, None if work is None else work.plan)
         if points is not None:
-            num_pieces = num_pieces_of(points.step, self._config.num_layers)
-            parts = []
-            for number, piece in cut(chunks, num_pieces).items():
-                parts.append(self._tensors(piece, self._host(piece)))
-                parts[-1].batch.before_layer = points.before_piece(number, num_pieces)
-            tensors = joined(parts)
-        else:
-            host = self._host(chunks, None if work is None else work.plan)
-            logits_RV = None if self.graphs is None else self.graphs.run(host)
-            if logits_RV is not None:
-                return _ForwardResult(host.sampling_requests, logits_RV)
-            tensors = self._tensors(chunks, host, None if work is None else work.plan)
-            if self.receives:  # only later stages gain from receiving the next step while they compute one
-                tensors.batch.before_layer = self.take_arrived
+            num_blocks = num_blocks_of(points.step, self._config.num_layers)
+            tensors.batch.held = HeldStep(points, num_blocks, points.is_alone)
+        elif self.receives:  # only later stages gain from receiving the next step while they compute one
+            tensors.batch.before_layer = self.take_arrived
         if hidden_T1C is not None:
             self.model.set_input_tensor(hidden_T1C)
         output = self.model(
