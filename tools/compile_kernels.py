@@ -24,7 +24,13 @@ from triton.compiler import ASTSource
 from megatron_medha.kernels.triton.triton_attention import TileConfig, attention_kernel, split_dim
 from megatron_medha.kernels.triton.triton_merge import merge_kernel
 from megatron_medha.kernels.triton.triton_nucleus import nucleus_cut_kernel
-from megatron_medha.kernels.triton.triton_tiles import DECODE_TILES, LARGE_TILE, PREFILL_TILES, WIDE_TILES
+from megatron_medha.kernels.triton.triton_tiles import (
+    DECODE_TILES,
+    LARGE_TILES,
+    PREFILL_TILES,
+    WIDE_E4M3_TILE,
+    WIDE_TILES,
+)
 from megatron_medha.kernels.triton.triton_widen import widen_kernel
 from megatron_medha.kernels.triton.triton_write import rotate_and_write_kernel, write_quantised_kernel
 
@@ -68,10 +74,12 @@ def reports_of(compiles_all: bool, capability: int) -> Iterator[dict[str, Any]]:
             yield _attention(tiles[0], kv_type, capability, IS_WINDOWED=True, HAS_SINKS=True)  # gpt-oss
             yield _attention(tiles[0], kv_type, capability, IS_WINDOWED=True, IS_CAPPED=True)  # gemma 2
     for kv_type in ("bf16", "fp8e4nv") if compiles_all else ("bf16",):
-        yield _attention(LARGE_TILE, kv_type, capability, head_dim=256, IS_WINDOWED=True, IS_CAPPED=True)
+        yield _attention(LARGE_TILES[0], kv_type, capability, head_dim=256, IS_WINDOWED=True, IS_CAPPED=True)
+        yield _attention(LARGE_TILES[1], kv_type, capability, head_dim=256)
     for tile, group in zip(WIDE_TILES, (32, 16), strict=True):
-        for kv_type in ("bf16", "fp8e4nv") if compiles_all else ("bf16",):
-            yield _attention(tile, kv_type, capability, head_dim=576, group=group, ARE_VALUES_KEYS=True)
+        yield _attention(tile, "bf16", capability, head_dim=576, group=group, ARE_VALUES_KEYS=True)
+    if compiles_all:
+        yield _attention(WIDE_E4M3_TILE, "fp8e4nv", capability, head_dim=576, group=16, ARE_VALUES_KEYS=True)
     constants = {"GROUP": _GROUP, "DIM": _HEAD_DIM, "WIDTH": _HEAD_DIM, "BLOCK_M": 64, "PARTS": 32, "HAS_LSE": True}
     yield {"kernel": "merge", "block_m": 0, "has_tma": False, **compiled(merge_kernel, {"out": "*bf16"}, constants, 4)}
     data = dict.fromkeys(("q", "k", "v", "q_out", "k_pool", "v_pool"), "*bf16")

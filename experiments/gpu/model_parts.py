@@ -59,7 +59,7 @@ class OneRank:
     def __init__(
         self, check: Check, config: ModelConfig, num_tokens: int, *, dtype: torch.dtype = torch.bfloat16,
         kv_dtype: torch.dtype | None = None, fp8: str = "none", has_graphs: bool = False,
-        device: torch.device | None = None, are_weights_portable: bool = False,
+        device: torch.device | None = None, are_weights_portable: bool = False, backend: str | None = None,
     ) -> None:  # fmt: skip
         """num_tokens: KV for so many. are_weights_portable: the same on every device, made on the CPU."""
         self.check, self.config = check, config
@@ -71,25 +71,26 @@ class OneRank:
         model.requires_grad_(False)
         quantise_linears(model, fp8, transformer_engine_works(self.device))
         pack_linears(model)
-        # On the CPU the one that needs no compiler.
-        name = "aten" if self.device.type == "cpu" and are_weights_portable and dtype == torch.float32 else "auto"
-        backend = attention_backend(name, self.device, group=config.num_heads // config.num_kv_heads)
-        self.block_size = backend.block_size
+        # The CPU's own results come from the backend that needs no compiler.
+        is_reference = self.device.type == "cpu" and are_weights_portable and dtype == torch.float32
+        name = backend or ("aten" if is_reference else "auto")
+        attention = attention_backend(name, self.device, group=config.num_heads // config.num_kv_heads)
+        self.block_size = attention.block_size
         self.num_blocks = num_blocks_for(num_tokens, self.block_size) + 64
         kv_layers = allocate_kv(
-            backend, self.num_blocks, block_size=self.block_size, num_layers=config.num_layers,
+            attention, self.num_blocks, block_size=self.block_size, num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=kv_dtype or dtype,
         )  # fmt: skip
         for layer in kv_layers:
             fill_with_random_kv(layer)
         self.num_kv_bytes = sum(values.numel() * values.itemsize for layer in kv_layers for values in layer)
         self.rank = Rank(
-            rank=0, model=model, config=config, backend=backend, kv_layers=kv_layers, num_blocks=self.num_blocks,
+            rank=0, model=model, config=config, backend=attention, kv_layers=kv_layers, num_blocks=self.num_blocks,
             block_size=self.block_size, shard_tokens=self.num_blocks * self.block_size, device=self.device, pgs=pgs,
         )  # fmt: skip
         self._num_steps = 0
         if has_graphs and self.device.type == "cuda":
-            self.rank.graphs = step_graphs(model, backend, kv_layers, Rotary(config), self.device, pgs)
+            self.rank.graphs = step_graphs(model, attention, kv_layers, Rotary(config), self.device, pgs)
 
     def step(
         self,

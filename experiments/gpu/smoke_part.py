@@ -41,10 +41,13 @@ def _config(check: Check) -> Any:
 
 
 def _world(check: Check, device: torch.device, dtype: torch.dtype, *, has_graphs: bool = False, **how: Any) -> OneRank:
-    world = OneRank(check, _config(check), 1024, dtype=dtype, device=device, are_weights_portable=True, **how)
+    backend = "triton" if has_graphs else None
+    world = OneRank(
+        check, _config(check), 1024, dtype=dtype, device=device, are_weights_portable=True, backend=backend, **how
+    )
     if has_graphs:
         rank = world.rank
-        shapes = [GraphShape(1, 1, False), GraphShape(64, 32, True)]
+        shapes = [GraphShape(1, 1, False), GraphShape(16, 4, True) if check.is_tiny else GraphShape(64, 32, True)]
         # On a CPU nothing can be captured: the work is done again by hand, over the same buffers.
         by_hand = None if check.is_cuda else (lambda tp: lambda: _replayed_by_hand)
         rank.graphs = step_graphs(
@@ -63,7 +66,7 @@ def _replayed_by_hand(work: Callable[[], Any], is_run_before: bool) -> Any:
 def _logits(check: Check, device: torch.device, dtype: torch.dtype, **how: Any) -> torch.Tensor:
     """After a prompt in two chunks and a single token, [V]."""
     world = _world(check, device, dtype, **how)
-    rank, num_tokens = world.rank, 100
+    rank, count = world.rank, 14 if check.is_tiny else 49
     found: list[torch.Tensor] = []
     choose = rank._choose
 
@@ -73,11 +76,11 @@ def _logits(check: Check, device: torch.device, dtype: torch.dtype, **how: Any) 
 
     rank._choose = kept  # type: ignore[method-assign]
     rank._launch_ahead = lambda work, underway: None  # type: ignore[method-assign]
-    world.begin("a", num_tokens)
-    world.step(Chunk("a", 1, 49, False))
-    world.step(Chunk("a", 50, 49, False))
+    world.begin("a", 2 * count + 2)
+    world.step(Chunk("a", 1, count, False))
+    world.step(Chunk("a", 1 + count, count, False))
     found.clear()  # of steps that sample nothing there is nothing
-    world.step(Chunk("a", num_tokens - 1, 1, True))
+    world.step(Chunk("a", 2 * count + 1, 1, True))
     (logits_1V,) = found
     return logits_1V[0]
 
@@ -98,10 +101,10 @@ def _tokens(check: Check, is_ahead: bool) -> list[int]:
     world = _world(check, check.device, torch.bfloat16, has_graphs=True)
     if not is_ahead:
         world.rank._launch_ahead = lambda work, underway: None  # type: ignore[method-assign]
-    num_tokens = 20
+    num_tokens = 15
     world.begin("a", num_tokens)
     tokens = [world.sampled(Chunk("a", 1, num_tokens - 1, True))]
-    tokens += [world.sampled(Chunk("a", num_tokens + i, 1, True)) for i in range(8)]
+    tokens += [world.sampled(Chunk("a", num_tokens + i, 1, True)) for i in range(4 if check.is_tiny else 12)]
     return tokens
 
 

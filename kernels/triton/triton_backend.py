@@ -148,9 +148,10 @@ class TritonAttention(AttentionBackend):
         if self.tables is None:
             self.tables = BlockTables(num_blocks, block_size, self.device)
             self._block_size, self._num_pool_tokens = block_size, num_blocks * block_size
-        if not self._are_tiles_given and self.device.type == "cuda" and (tiles := wide_tiles(head_dim, self._group)):
-            self._prefill_tile, self._decode_tile = tiles
         self._num_kv_heads, self._is_quantised = num_kv_heads, dtype == E4M3
+        if not self._are_tiles_given and self.device.type == "cuda":
+            tiles = wide_tiles(head_dim, self._group, is_quantised=self._is_quantised)
+            self._prefill_tile, self._decode_tile = tiles or (self._prefill_tile, self._decode_tile)
         layer = allocate_paged(num_blocks, block_size, num_kv_heads, head_dim, dtype, self.device)
         # A program widens a power of two; tiles that share a group of query heads are left out, as no model needs them.
         self._fits_wide = not head_dim & (head_dim - 1) and self._heads(self._prefill_tile).group == self._group

@@ -44,16 +44,25 @@ WIDE_TILES = (
 )
 
 
-# Chunks of head dims over 128, which spill up to 330 bytes a thread with the tiles above.
-LARGE_TILE = TileConfig(block_m=64, block_n=32, num_warps=8, num_stages=5, has_tma=True)
+# In e4m3, 32 rows spill 40 bytes a thread.
+WIDE_E4M3_TILE = TileConfig(block_m=16, block_n=32, num_warps=8, num_stages=5)
+
+# Chunks of head dims over 128, which spill up to 330 bytes a thread with the tiles above; and single tokens, of which
+# one program fits at 256.
+LARGE_TILES = (
+    TileConfig(block_m=64, block_n=32, num_warps=8, num_stages=5, has_tma=True),
+    TileConfig(block_m=16, block_n=64, num_warps=4, num_stages=5, has_tma=True),
+)
 
 
-def wide_tiles(head_dim: int, group: int) -> tuple[TileConfig, TileConfig] | None:
+def wide_tiles(head_dim: int, group: int, *, is_quantised: bool) -> tuple[TileConfig, TileConfig] | None:
     """Of chunks and of single tokens; None where a head dim takes the others."""
     if head_dim <= 128:
         return None
     if head_dim <= 256:
-        return LARGE_TILE, DECODE_TILES[0]
+        return LARGE_TILES
+    if is_quantised:
+        return WIDE_E4M3_TILE, WIDE_E4M3_TILE
     many, few = WIDE_TILES
     return many, many if group > few.block_m else few
 
