@@ -64,6 +64,7 @@ class AttentionBackend(Protocol):
     reads_by_slots = False      # a table of its ranges may begin anywhere in a block, as windows do
     masks_windows = False       # it looks at lowest_key
     adds_sinks = False          # attend takes sinks_H
+    stores_latents_once = False  # allocate takes are_values_keys
     has_padded_plans = False    # its plans fit the fixed lengths of a CUDA graph
     has_fixed_splits = False    # it looks at fixed_split_tokens
     fixed_split_tokens: int | None = None  # keys are summed up in parts of so many, whatever else is in the batch

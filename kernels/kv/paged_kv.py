@@ -29,8 +29,10 @@ class PagedKV:
     v_scale_NK: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The tensors that are there, as the CPU backends' LayerKV gives them."""
-        tensors = (self.k_NKPD, self.v_NKPD, self.k_scale_NK, self.v_scale_NK)
+        """The tensors that are there, each once, as the CPU backends' LayerKV gives them."""
+        tensors = (self.k_NKPD, self.k_scale_NK) if self.v_NKPD is self.k_NKPD else (
+            self.k_NKPD, self.v_NKPD, self.k_scale_NK, self.v_scale_NK
+        )  # fmt: skip
         return (tensor for tensor in tensors if tensor is not None)
 
     @property
@@ -69,17 +71,28 @@ def check_pool_shape(block_size: int, head_dim: int) -> None:
 
 
 def allocate_paged(
-    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    are_values_keys: bool = False,
 ) -> PagedKV:
-    """Uninitialised KV of one layer. dtype e4m3 comes with scales. Raises ValueError for what has no kernel."""
+    """Uninitialised KV of one layer. dtype e4m3 comes with scales. Raises ValueError for what has no kernel.
+
+    are_values_keys: of latent vectors, which are there once.
+    """
     check_pool_shape(block_size, head_dim)
     if dtype == torch.float32 and device.type == "cuda":
         # Exact fp32 products take no tensor core: compiled for sm_90, tiles spill 6 to 12 KB a thread at head dim 128,
         # and at 256 need more shared memory than there is.
         raise ValueError("float32 keys and values have no kernel on a GPU; use model.dtype=bfloat16")
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
-    k_NKPD, v_NKPD = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    k_NKPD = torch.empty(shape, dtype=dtype, device=device)
+    v_NKPD = k_NKPD if are_values_keys else torch.empty_like(k_NKPD)
     if dtype != E4M3:
         return PagedKV(k_NKPD, v_NKPD)
-    k_scale_NK, v_scale_NK = (torch.zeros(shape[:2], dtype=torch.float32, device=device) for _ in range(2))
-    return PagedKV(k_NKPD, v_NKPD, k_scale_NK, v_scale_NK)
+    k_scale_NK = torch.zeros(shape[:2], dtype=torch.float32, device=device)
+    return PagedKV(k_NKPD, v_NKPD, k_scale_NK, k_scale_NK if are_values_keys else torch.zeros_like(k_scale_NK))

@@ -101,7 +101,7 @@ class TritonAttention(AttentionBackend):
     name = "triton"
     block_size = 128  # at least one inner step of the kernel; half of it is what a request wastes on average
     rotates = stores_fp8 = has_padded_plans = masks_windows = adds_sinks = caps_scores = True
-    has_fixed_splits = True
+    has_fixed_splits = stores_latents_once = True
 
     @classmethod
     def made(cls, name: str, device: torch.device, group: int) -> Self:
@@ -142,9 +142,18 @@ class TritonAttention(AttentionBackend):
         self._decode_tile = decode_tile or self._decode_tile
 
     def allocate(
-        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        are_values_keys: bool = False,
     ) -> PagedKV:
-        """Uninitialised KV of one layer. Raises ValueError for blocks and heads the kernels have no tiles for."""
+        """Uninitialised KV of one layer. Raises ValueError for blocks and heads the kernels have no tiles for.
+
+        are_values_keys: of latent vectors, which are there once.
+        """
         if self.tables is None:
             self.tables = BlockTables(num_blocks, block_size, self.device)
             self._block_size, self._num_pool_tokens = block_size, num_blocks * block_size
@@ -152,7 +161,9 @@ class TritonAttention(AttentionBackend):
         if not self._are_tiles_given and self.device.type == "cuda":
             tiles = wide_tiles(head_dim, self._group, is_quantised=self._is_quantised)
             self._prefill_tile, self._decode_tile = tiles or (self._prefill_tile, self._decode_tile)
-        layer = allocate_paged(num_blocks, block_size, num_kv_heads, head_dim, dtype, self.device)
+        layer = allocate_paged(
+            num_blocks, block_size, num_kv_heads, head_dim, dtype, self.device, are_values_keys=are_values_keys
+        )
         # A program widens a power of two; tiles that share a group of query heads are left out, as no model needs them.
         self._fits_wide = not head_dim & (head_dim - 1) and self._heads(self._prefill_tile).group == self._group
         if self._widens and self.device.type == "cuda":
@@ -298,6 +309,7 @@ class TritonAttention(AttentionBackend):
         slots_T, pieces_W4 = (None, plan.pieces_W4) if self._is_quantised else (plan.slots_T, None)
         # Latent vectors, of which the value is a part: neither written nor read twice.
         are_values_keys = v_TKD.data_ptr() == k_TKD.data_ptr() and v_TKD.stride() == k_TKD.stride()
+        assert are_values_keys or layer.v_NKPD is not layer.k_NKPD, "a pool of latent vectors has no other values"
         q_TKGD = rotate_and_write(
             q_TKGD, k_TKD, v_TKD, *angles, layer, slots_T=slots_T, pieces_W4=pieces_W4,
             writes_values=not are_values_keys,

@@ -263,12 +263,9 @@ def held_values(layer: PagedKV, index: int, table: SlotTable, count: int) -> Ten
 def test_latent_vectors_that_are_keys_and_values_are_written_and_read_once(kv_dtype: torch.dtype) -> None:
     group, head_dim = 40, 48
     backend = TritonAttention(CPU, group=group)
-    layer = backend.allocate(8, BLOCK_SIZE, 1, head_dim, kv_dtype)
-    dtype = torch.float32
-    if kv_dtype == E4M3:
-        dtype = torch.bfloat16
-    else:
-        layer.v_NKPD.fill_(torch.nan)
+    layer = backend.allocate(8, BLOCK_SIZE, 1, head_dim, kv_dtype, are_values_keys=True)
+    assert len(list(layer)) == (2 if kv_dtype == E4M3 else 1)
+    dtype = torch.bfloat16 if kv_dtype == E4M3 else kv_dtype
     table = SlotTable(BLOCK_SIZE)
     table.append([(6, 1), (1, 4)])
     latent = torch.randn(60, 1, head_dim).to(dtype)

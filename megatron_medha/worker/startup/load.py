@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -279,11 +280,12 @@ def _kv_memory(
     max_blocks: int | None = None,
 ) -> tuple[tuple[LayerKV, ...], int]:
     """KV of every layer, in as many blocks as every rank has memory for."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "block_size": block_size,
         "num_layers": len(model.decoder.layers),
         "num_kv_heads": model_config.num_cached_heads(config.layout.tp),
         "head_dim": model_config.cached_head_dim,
+        "are_values_keys": model_config.latent is not None and backend.stores_latents_once,
     }
     num_blocks = min_over_ranks(min(num_blocks_that_fit(num_bytes, dtype=dtype, **sizes), max_blocks or 1 << 62))
     return allocate_kv(backend, num_blocks, dtype=dtype, **sizes), num_blocks
