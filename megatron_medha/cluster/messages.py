@@ -40,6 +40,7 @@ class RankStep(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     predicted_s: float = 0.0      # of the batch, over all stages
     longest_chunk: int = 0        # of the batch, tokens
     leader: int = 0               # the kvp index, of those with a chunk in the batch, whose rank decides at the points
+    runs_ahead: bool = False      # stages go on to the batch's next decodes; no other step comes until this is answered
 
 
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):
@@ -97,6 +98,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     shard_tokens: int | None = None  # of one request on one kvp rank; None: there is one kvp rank, which holds it all
     can_hold: bool = False           # whether a step that may be held can be here
     step_sizes: StepSizes = NO_STEP_SIZES  # that it fills steps up to
+    can_run_ahead: bool = False      # whether stages give tokens to one another on their devices
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):

@@ -65,6 +65,11 @@ class StartProgress:
         return all(ready.can_hold for ready in self._ready.values())
 
     @property
+    def can_run_ahead(self) -> bool:
+        """Whether stages give tokens to one another on their devices."""
+        return self.is_complete and all(ready.can_run_ahead for ready in self._ready.values())
+
+    @property
     def what(self) -> str:
         """What the rank does that is furthest behind."""
         rank = self._last_rank()

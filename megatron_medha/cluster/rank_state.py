@@ -21,9 +21,9 @@ class RankStateCache:
         self._broadcasts_tokens = layout.world_size > 1
         self._sampled: list[list[tuple[str, int]]] = [[] for _ in range(layout.kvp)]
 
-    def steps(self, batch: Batch) -> list[RankStep]:
-        """The step of each KVP index, also where it has no chunk in it."""
-        return [self._step(batch, kvp) for kvp in range(len(self._known))]
+    def steps(self, batch: Batch, runs_ahead: bool = False) -> list[RankStep]:
+        """The step of each KVP index, also where it has no chunk in it. runs_ahead: see RankStep."""
+        return [self._step(batch, kvp, runs_ahead) for kvp in range(len(self._known))]
 
     def sampled(self, request_id: str, token_id: int) -> None:
         """The request goes on with this token; ranks that hold the request get it with their next step."""
@@ -38,7 +38,7 @@ class RankStateCache:
             known.clear()
             pending.clear()
 
-    def _step(self, batch: Batch, kvp: int) -> RankStep:
+    def _step(self, batch: Batch, kvp: int, runs_ahead: bool) -> RankStep:
         known = self._known[kvp]
         is_alone = len(self._known) == 1
         chunks = batch.chunks if is_alone else batch.chunks_on(kvp)
@@ -63,4 +63,5 @@ class RankStateCache:
             batch.predicted_s,
             max([chunk.num_tokens for chunk in batch.chunks], default=0) if batch.may_be_held else 0,
             min([chunk.kvp_ranks[0] for chunk in batch.chunks], default=0) if batch.may_be_held else 0,
+            runs_ahead,
         )

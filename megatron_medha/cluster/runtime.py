@@ -70,6 +70,7 @@ class ClusterRuntime:
         self._starts = RankStarts(ranks, layout.world_size, recovery, board)
         self._events: deque[Event | BatchResult | None] = deque()
         self._sampled: dict[str, TokenSample] = {}  # of the batch that was taken up last
+        self._running_ahead: int | None = None  # the batch in flight after which stages go on, and no other may come
         self._poller = zmq.Poller()
         self._next_check_s = self._next_ping_s = 0.0
         self.wakes_at_s: Callable[[], float] = _never
@@ -118,6 +119,7 @@ class ClusterRuntime:
         """The ranks can no longer be used: end all of them and start them again, or give up (RankError)."""
         self._starts.lose(why, self.now_s())
         self._collector.clear()
+        self._running_ahead = None
         self._rank_state.clear()
         self._watchdog.clear()
         # A loss that the scheduler has not heard of yet is part of this one.
@@ -153,19 +155,34 @@ class ClusterRuntime:
     def has_room(self) -> bool:
         """See Runtime."""
         # One more than there are stages may overtake the others; the scheduler knows whether it does.
-        return self._starts.phase is RanksPhase.SERVING and len(self._collector) <= self._layout.spp
+        is_serving = self._starts.phase is RanksPhase.SERVING
+        return is_serving and len(self._collector) <= self._layout.spp and self._running_ahead is None
 
     def submit(self, batch: Batch) -> None:
         """See Runtime."""
+        runs_ahead = self._runs_ahead(batch)
+        if runs_ahead:
+            self._running_ahead = batch.batch_id
         self._collector.submitted(batch.batch_id)
         self._watchdog.submitted(batch.batch_id, batch.predicted_s, self.now_s())
         link, layout = self._ranks.link, self._layout
-        payloads = [link.encode(step) for step in self._rank_state.steps(batch)]
+        payloads = [link.encode(step) for step in self._rank_state.steps(batch, runs_ahead)]
         try:
             for rank in range(layout.world_size):
                 link.send_encoded(rank, payloads[layout.coord_of(rank).kvp])
         except RankError as error:
             self._lose_ranks(str(error))
+
+    def _runs_ahead(self, batch: Batch) -> bool:
+        """Whether stages go on to a batch's next decodes: where nobody could be computed meanwhile.
+
+        A request that comes while it is in flight waits until it is answered, a decode's time at most.
+        """
+        if self._layout.spp == 1 or len(self._collector) or not batch.chunks:
+            return False
+        if not self._starts.progress.can_run_ahead:
+            return False
+        return len(batch.chunks) == len(self._streams) and all(chunk.samples_token for chunk in batch.chunks)
 
     def emit(self, output: Output) -> None:
         """See Runtime."""
@@ -266,6 +283,8 @@ class ClusterRuntime:
 
     def _note_completed(self, result: BatchResult) -> None:
         self._watchdog.completed(result.completed.batch_id, self.now_s())
+        if result.completed.batch_id == self._running_ahead:
+            self._running_ahead = None
         for part in result.prompt_logprobs:
             if (stream := self._streams.get(part.request_id)) is not None:
                 # A prompt that lost its KV is computed again and yields the same positions again.

@@ -41,6 +41,9 @@ class RequestStates:
         self._deliveries: list[Delivery] = []
         self._has_keys = False  # whether any request has had some
 
+    def __len__(self) -> int:
+        return len(self._streams)
+
     def __getitem__(self, request_id: str) -> RequestState:
         return self._streams[request_id]
 

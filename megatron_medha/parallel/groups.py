@@ -121,6 +121,11 @@ def use_links_once(pgs: MedhaPGs, device: torch.device) -> None:
         dist.recv(number, group=pgs.pp, group_src=stage - 1)
     if stage < num_stages - 1:
         dist.send(number, group=pgs.pp, group_dst=stage + 1)
+    # Tokens go back from the last stage to the first (StageLink.give_tokens).
+    if num_stages > 2 and stage == num_stages - 1:
+        dist.send(number, group=pgs.pp, group_dst=0)
+    if num_stages > 2 and stage == 0:
+        dist.recv(number, group=pgs.pp, group_src=num_stages - 1)
 
 
 def _embedding_groups(grid: HyperCommGrid) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:

@@ -58,6 +58,18 @@ class StageLink:
         if len(self._sent) > self.num_stages + 1:
             self._sent.popleft()[0].wait()
 
+    def give_tokens(self, token_ids_R: Tensor) -> Tensor:
+        """The last stage's token ids, on the first stage too; others do nothing. int64, of equal length on all.
+
+        Called where all stages have computed the same batch and none has begun another, so that even without tags
+        nothing else is under way between the two.
+        """
+        if self.stage == self.num_stages - 1:
+            dist.send(token_ids_R.contiguous(), group=self._group, group_dst=0)
+        elif self.stage == 0:
+            dist.recv(token_ids_R, group=self._group, group_src=self.num_stages - 1)
+        return token_ids_R
+
     def finish(self) -> None:
         """Wait until the next stage has all that was sent: gloo drops what is still under way with its tensor."""
         while self._sent:

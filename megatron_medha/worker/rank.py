@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,6 +50,9 @@ from megatron_medha.worker.token_store import StoredRequest, TokenStore
 _ANY_POSITION = 1 << 62
 
 
+_AHEAD = 1 << 29  # added to a step's number: messages of its next decodes
+
+
 @dataclass(frozen=True, slots=True)
 class _QueuedStep:
     """A step this rank knows of and has not computed."""
@@ -61,6 +64,7 @@ class _QueuedStep:
     arriving: PendingReceive | None
     duration_s: float  # spent on it so far
     audit_counts: HeldKV | None  # under audit
+    held: RunAheadDecodes | None = None  # of stages: computed ahead for the step announced next, this one
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,9 @@ class Rank:
         # In a layout of several, tokens are sampled elsewhere too; the API server tells every rank all it needs.
         self.samples_for_itself = pgs.tp.size() == pgs.pp.size() == pgs.kvp.size() == 1
         # Tensor-parallel ranks do the same work, so that they need not hear from the API server to go on.
-        self._tp = pgs.tp if pgs.tp.size() > 1 and pgs.pp.size() == pgs.kvp.size() == 1 else None
+        self._tp = pgs.tp if pgs.tp.size() > 1 and pgs.kvp.size() == 1 else None
+        self._has_stages = pgs.pp.size() > 1 and pgs.kvp.size() == 1
+        self._runs_ahead = False  # the step at hand, on all stages
         self._rotary = Rotary(config)
         self._plain_decodes: PlainDecodes | None = None
         angles = self._rotary.first_positions() if decoder is not None and self.samples_for_itself else None
@@ -194,7 +200,8 @@ class Rank:
                 chunks.append((chunk, request))
             else:  # every rank finds the same fault in it, so all of them leave it out
                 failed.append((chunk.request_id, request.fault))
-        plan = self._plan(chunks) if self.receives else None
+        held = self._taken_by(step) if self._has_stages else None
+        plan = self._plan(chunks if held is None else held.split(chunks)[0]) if self.receives else None
         self._announced.append(
             _QueuedStep(
                 step=step,
@@ -204,8 +211,16 @@ class Rank:
                 arriving=self._link.post_receive(plan.num_tokens, step.batch_id) if plan and plan.num_tokens else None,
                 duration_s=time.monotonic() - started_s,
                 audit_counts=self._held_kv(step),
+                held=held,
             )
         )
+
+    def _taken_by(self, step: RankStep) -> RunAheadDecodes | None:
+        """Decodes that stages have computed ahead are of the step announced next, which says what it drops of them."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.forget({op.request_id for op in step.kv_ops if op.kind == "drop"})
+        return held
 
     def _held_kv(self, step: RankStep) -> HeldKV | None:
         if self.sent_blocks is None:
@@ -252,17 +267,19 @@ class Rank:
     def _compute(self, work: _QueuedStep, points: StepPoints | None) -> StepDone:
         hidden_T1C = None if work.arriving is None else work.arriving.wait()
         span, overtaken_before_s = StepTimer(self._device), self._overtaken_s
-        failed = list(work.failed)
+        failed, self._runs_ahead = list(work.failed), work.step.runs_ahead
         chunks: Sequence[tuple[Chunk, StoredRequest]] = work.chunks
         underway, ahead = [], None
         if work.step.kv_ops:
             self._execute(work.step.kv_ops)
-        if self._held is not None:
-            chunks, found = self._held.split(chunks)
+        held = work.held or self._held
+        self._held = None
+        if held is not None:
+            chunks, found = held.split(chunks)
             if found is not None:
-                underway.append(found)
-                ahead = self._held.span
-            self._held = None
+                ahead = held.span
+                if self._is_last_stage:
+                    underway.append(found)
         prompt: Sequence[PromptLogprobs] = ()
         if chunks:
             forward = self._forward(chunks, work, hidden_T1C, points)
@@ -275,7 +292,11 @@ class Rank:
             self._points.computed(work.step)
         held_s = self._overtaken_s - overtaken_before_s
         span.stop()
-        self._held = self._launch_ahead(work.chunks, underway)  # before anyone waits for the device
+        # Before anyone waits for the device.
+        if work.step.runs_ahead:
+            self._held = self._launch_ahead_in_stages(work, underway)
+        else:
+            self._held = self._launch_ahead(work.chunks, underway)
         tokens = [token for one in underway for token in self._tokens(one, failed)] if self.answers else []
         can_run_ahead = self.samples_for_itself and self._held is None and not failed
         self._last = work.chunks if can_run_ahead else ()
@@ -334,11 +355,7 @@ class Rank:
         if not decodes:
             return None
         span = StepTimer(self._device)
-        token_ids_R = torch.cat([one.choices.token_ids_R for one in underway])
-        places = pending_rows(decodes, underway)
-        if places != list(range(len(token_ids_R))):
-            (places_T,) = self._staging.upload([np.array(places, np.int64)])
-            token_ids_R = token_ids_R.index_select(0, places_T)
+        token_ids_R = self._ids_in_order(decodes, underway)
         host = host_step(decodes, plan=self._plan(decodes), shards=self.shards, num_pending=1)
         logits_RV = self.graphs.run(host, token_ids_R)
         if logits_RV is None:
@@ -346,6 +363,48 @@ class Rank:
         chosen = self._choose(logits_RV, host.sampling_requests, num_pending=1)
         span.stop()
         return RunAheadDecodes(decodes, chosen, span)
+
+    def _launch_ahead_in_stages(self, work: _QueuedStep, underway: Sequence[PendingTokens]) -> RunAheadDecodes | None:
+        """The decodes that follow a step, on every stage of the pipeline: none of them is told of the tokens.
+
+        The last stage's go to the first one on the devices. All stages come here after the same step, from which they
+        find the same decodes, and with no other step announced (RankStep.runs_ahead).
+        """
+        assert self._has_stages and not self._announced, "a step was announced beside one that runs ahead"
+        decodes = next_decodes(work.chunks, num_pending=1)
+        if not decodes:
+            return None
+        span, step_id = StepTimer(self._device), work.step.batch_id + _AHEAD
+        host = host_step(decodes, plan=self._plan(decodes), shards=self.shards, num_pending=1)
+        is_last = self._is_last_stage
+        ids_R = self._ids_in_order(decodes, underway) if is_last else self._room_for_ids(len(decodes))
+        tensors = self._tensors(decodes, host)
+        if not self.receives or is_last:
+            tensors = replace(tensors, token_ids_1T=self._link.give_tokens(ids_R).unsqueeze(0))
+        if self.receives:
+            self.model.set_input_tensor(self._link.post_receive(len(decodes), step_id).wait())
+        output = self.model(
+            tensors.token_ids_1T, None, None, inference_context=tensors.batch, runtime_gather_output=True
+        )
+        if is_last:
+            chosen = self._choose(output[0], host.sampling_requests, num_pending=1)
+        else:
+            self._link.send(output, step_id)
+            chosen = PendingTokens(host.sampling_requests, PartnersTokens(ids_R), {}, range(len(decodes)))
+        span.stop()
+        return RunAheadDecodes(decodes, chosen, span)
+
+    def _room_for_ids(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int64, device=self._device)
+
+    def _ids_in_order(self, decodes: StepWork, underway: Sequence[PendingTokens]) -> Tensor:
+        """The last tokens of the decodes' requests, where they are, on the device."""
+        token_ids_R = torch.cat([one.choices.token_ids_R for one in underway])
+        places = pending_rows(decodes, underway)
+        if places != list(range(len(token_ids_R))):
+            (places_T,) = self._staging.upload([np.array(places, np.int64)])
+            token_ids_R = token_ids_R.index_select(0, places_T)
+        return token_ids_R
 
     def _plan(self, chunks: Sequence[tuple[Chunk, StoredRequest]]) -> StagePlan:
         return stage_plan([chunk for chunk, _ in chunks], self.shards.kvp_rank)
@@ -417,7 +476,7 @@ class Rank:
     @property
     def _shares_tokens(self) -> bool:
         """Whether the first tensor-parallel rank gives its tokens to the others, on the devices."""
-        return self._tp is not None and self.graphs is not None
+        return self._tp is not None and (self.graphs is not None or self._runs_ahead)
 
     def _choose(self, logits_RV: Tensor, requests: Sequence[StoredRequest], num_pending: int = 0) -> PendingTokens:
         """Have a token chosen for each. num_pending: 1 where the ones before them are on the device alone."""
@@ -426,7 +485,7 @@ class Rank:
         if self.answers:
             pending = self._chosen_here(logits_RV, requests, num_pending)
         else:
-            ids_R = torch.empty(len(requests), dtype=torch.int64, device=self._device)
+            ids_R = self._room_for_ids(len(requests))
             pending = PendingTokens(requests, PartnersTokens(ids_R), {}, range(len(requests)))
         if requests:
             dist.broadcast(pending.choices.token_ids_R, group=self._tp, group_src=0)

@@ -214,6 +214,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         shard_tokens=shard_tokens,
         can_hold=points.can_hold,
         step_sizes=GRAPH_SIZES if rank.graphs is not None else NO_STEP_SIZES,
+        can_run_ahead=device.type == "cuda" and layout.spp > 1 and layout.kvp == 1,
     )
     return rank, ready
 
