@@ -164,11 +164,19 @@ def load(config: RankConfig, progress: Callable[[str, float], None]) -> LoadedRa
     def serve(inbox: MessageInbox, answer: Callable[[StepDone], None]) -> None:
         while isinstance(message := inbox.wait(), RankStep):
             done = rank.run(message)
+            if message.runs_ahead:
+                with (Path(config.checkpoint) / f"ahead-{config.rank}").open("a") as file:
+                    file.write("1")
+                assert not rank.answers or inbox.poll() is None, "a step came beside one that stages go on from"
             if rank.answers:
                 answer(done)
 
     block_size = config.model.block_size or 0
-    ready = RankReady(config.rank, shape, num_blocks, block_size, (), "fake", config.max_tokens_per_shard)
+    can_run_ahead = config.layout.spp > 1 and config.layout.kvp == 1
+    ready = RankReady(
+        config.rank, shape, num_blocks, block_size, (), "fake", config.max_tokens_per_shard,
+        can_run_ahead=can_run_ahead,
+    )  # fmt: skip
     return LoadedRank(serve, ready, rank.prepared.append)
 
 
