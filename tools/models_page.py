@@ -76,8 +76,8 @@ they change what the model computes:
 _REST = """
 Also refused: `position_embedding_type` other than rope, yarn, learned_absolute and none; a window that sees tokens to
 come; clamped or offset gates with `bias_swiglu_fusion`, whose kernel computes without them; a router that Sinkhorn
-balances. Layers with a window need `model.attention_backend=native` or `aten`; capped scores (Gemma 2) need `aten`,
-which is taken by itself on a CPU. Neither runs on a GPU yet.
+balances. Layers with a window need `model.attention_backend=native`, `aten` or `triton`; capped scores (Gemma 2) need
+`aten`, which is taken by itself on a CPU, or `triton`, on a GPU ([none has run there yet](gpu.md)).
 """
 _SIZES = (
     "_rank", "_dim", "_size", "_base", "_groups", "kv_channels", "_positions", "mscale", "_topk", "_beta",
