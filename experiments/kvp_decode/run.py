@@ -97,11 +97,9 @@ def read_memory(config: RankConfig, connection: Connection) -> None:
 
 def decode(ranks: RankProcesses, checkpoint: Path, kvp: int, context: int, num_steps: int) -> list[dict[str, float]]:
     """Decode one request; per step its seconds: in all, and on the slowest rank the attention part and its own work."""
-    shard = context // kvp
-    num_blocks = shard // BLOCK_SIZE + num_steps // BLOCK_SIZE + 2
+    shard_tokens = context // kvp  # whole partitions, as by default
+    num_blocks = shard_tokens // BLOCK_SIZE
     block_bytes = 2 * BLOCK_SIZE * MODEL["num_kv_heads"] * MODEL["head_dim"] * 4 * MODEL["num_layers"]
-    # The last shard takes the output too.
-    shard_tokens = num_blocks * BLOCK_SIZE
     ranks.load(
         RankConfig(
             layout=ParallelLayout(kvp=kvp), server_endpoint="", checkpoint=str(checkpoint),
@@ -110,7 +108,7 @@ def decode(ranks: RankProcesses, checkpoint: Path, kvp: int, context: int, num_s
         ),  # fmt: skip
         prepare,
     )
-    first = (kvp - 1) * shard_tokens + shard  # the first decoded position, behind full shards
+    first = context - num_steps  # the first decoded position
     prompt = array("i", (index % 1000 for index in range(first + 1)))
     new = NewRequest("a", prompt.tobytes(), first + 1, Sampling(max_output_tokens=num_steps, temperature=0.0))
     # A chunk of one token at the start of each shard; what lies between is random already.

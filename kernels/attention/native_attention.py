@@ -51,6 +51,7 @@ class NativeAttention(AttentionBackend):
     """Attention backend `native`."""
 
     name = "native"
+    adds_sinks = True
     reads_by_slots = True
     is_native = True
 
@@ -118,9 +119,12 @@ class NativeAttention(AttentionBackend):
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Write the batch's own keys and values to the pool, then attend; returns out_THD."""
-        assert sinks_H is None, "native adds no sinks"
         assert plan.is_all_written, "rows of another rank's shard need attend_with_lse"
-        return self._attended(*self.prepared(plan, q_TKGD, k_TKD, v_TKD, layer, scale, None))
+        call, out_THD = self.prepared(plan, q_TKGD, k_TKD, v_TKD, layer, scale, None)
+        kept_H = None if sinks_H is None else sinks_of(sinks_H, call)
+        out_THD = self._attended(call, out_THD)
+        del kept_H  # not before: the call has its address
+        return out_THD
 
     def attend_with_lse(
         self, plan: NativePlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
@@ -195,10 +199,21 @@ class NativeAttention(AttentionBackend):
             out_THD.data_ptr(),
             None if lse_TH is None else lse_TH.data_ptr(),
             None if nodes is None else nodes.data_ptr(),
+            None,
             plan.rows.ctypes.data,
             len(plan.rows),
         )
         return call, out_THD
+
+
+def sinks_of(sinks_H: Tensor, call: ctypes.Structure) -> Tensor:
+    """Have a call add sinks: to be kept alive while it is made."""
+    sinks_H = sinks_H.detach().float().contiguous()
+    num_heads = call.num_kv_heads * call.queries_per_kv_head
+    if sinks_H.shape != (num_heads,):
+        raise ValueError(f"sinks {tuple(sinks_H.shape)} for {num_heads} heads")
+    call.sinks = sinks_H.data_ptr()
+    return sinks_H
 
 
 def _copy_slots(k_KNW: Tensor, v_KNW: Tensor, sources_S: Tensor, targets_S: Tensor) -> None:

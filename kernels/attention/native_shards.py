@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import LayerKV
-from megatron_medha.kernels.attention.native_attention import NativePlan
+from megatron_medha.kernels.attention.native_attention import NativePlan, sinks_of
 from megatron_medha.kernels.native_structs import native_struct
 
 _NOT_READY = 2  # of native/shards.cpp
@@ -36,8 +36,8 @@ class PendingShard(NamedTuple):
 
     call: ctypes.Structure
     out_THD: Tensor
-    lse_TH: Tensor | None
-    nodes_NHE: Tensor  # fp32, E = D + 2
+    nodes_NHE: Tensor       # fp32, E = D + 2
+    sinks_H: Tensor | None  # fp32
 
 
 class NativeShards:
@@ -75,15 +75,20 @@ class NativeShards:
         self._exchange = _Exchange(address, num_ranks, rank, self._table.ctypes.data, len(chunks))
 
     def begin(
-        self, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float, *, has_lse: bool = False
+        self,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        layer: LayerKV,
+        scale: float,
+        sinks_H: Tensor | None = None,
     ) -> PendingShard:
-        """A layer's call, still to be made. has_lse: the merge is to give lse_TH as well."""
-        num_tokens, num_kv_heads, group, head_dim = q_TKGD.shape
+        """A layer's call, still to be made. sinks_H: see AttentionBackend.attend."""
+        _, num_kv_heads, group, head_dim = q_TKGD.shape
         num_heads = num_kv_heads * group
-        lse_TH = torch.empty(num_tokens, num_heads) if has_lse else None
         nodes_NHE = torch.empty(self._plan.num_results, num_heads, head_dim + 2)
-        call, out_THD = self._attention.prepared(self._plan, q_TKGD, k_TKD, v_TKD, layer, scale, lse_TH, nodes_NHE)
-        return PendingShard(call, out_THD, lse_TH, nodes_NHE)
+        call, out_THD = self._attention.prepared(self._plan, q_TKGD, k_TKD, v_TKD, layer, scale, None, nodes_NHE)
+        return PendingShard(call, out_THD, nodes_NHE, None if sinks_H is None else sinks_of(sinks_H, call))
 
     def attend(self, begun: PendingShard) -> None:
         """Fill nodes_NHE."""

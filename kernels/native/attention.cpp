@@ -614,7 +614,8 @@ class Work {
         const int64_t index = token * num_heads(call_) + head;
         T *const out = static_cast<T *>(call_.out) + index * call_.head_dim;
         float *const lse = call_.lse == nullptr ? nullptr : call_.lse + index;
-        if (sums.max != nullptr) return write_row(sums, r, dim_, call_.head_dim, out, lse);
+        const float *const sink = call_.sinks == nullptr ? nullptr : call_.sinks + head;
+        if (sums.max != nullptr) return write_row(sums, r, dim_, call_.head_dim, sink, out, lse);
         std::fill_n(out, call_.head_dim, 0);
         if (lse != nullptr) *lse = MINUS_INFINITY;
     }

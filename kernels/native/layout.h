@@ -33,6 +33,7 @@ struct Call {
     void *out;   // [T, K, G, D], dense
     float *lse;  // [T, K, G], or null
     float *nodes;  // of rows that have nodes, instead of both: see Rows; else null
+    const float *sinks;  // [K, G], a score beside those of the keys, which brings no value; or null
 
     const struct Rows *rows;
     int64_t num_rows;

@@ -152,7 +152,8 @@ class ChunkMerge {
         if (!tree.finish(merge)) place(0).max[0] = MINUS_INFINITY;
         const int64_t index = (chunk_.first_row + token) * num_heads(call_) + head;
         float *const lse = call_.lse == nullptr ? nullptr : call_.lse + index;
-        write_row(place(0), 0, dim, head_dim, static_cast<T *>(call_.out) + index * head_dim, lse);
+        const float *const sink = call_.sinks == nullptr ? nullptr : call_.sinks + head;
+        write_row(place(0), 0, dim, head_dim, sink, static_cast<T *>(call_.out) + index * head_dim, lse);
     }
 
     const Call &call_;

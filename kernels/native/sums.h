@@ -54,23 +54,35 @@ struct Sums {
     Sums(float *memory, int64_t rows) : max(memory), total(memory + rows), values(memory + before_values(rows)) {}
     // Add keys seen later. A row that has seen none on either side takes the other side's numbers as they are.
     void merge(const Sums &later, int64_t rows, int64_t dim) {
-        for (int64_t r = 0; r < rows; ++r) {
-            if (later.max[r] == MINUS_INFINITY) continue;
-            float *const a = values + r * dim;
-            const float *const b = later.values + r * dim;
-            if (max[r] == MINUS_INFINITY) {
-                max[r] = later.max[r];
-                total[r] = later.total[r];
-                std::copy_n(b, dim, a);
-                continue;
+        // Powers of some rows at once: those of a row alone take longer than its values. What is loaded behind the last
+        // row is part of the same memory, and not looked at.
+        for (int64_t first = 0; first < rows; first += WIDTH) {
+            const Vec seen = load(max + first), seen_later = load(later.max + first), both = ::max(seen, seen_later);
+            const Vec mine = exp2_of_nonpositive(seen - both), theirs = exp2_of_nonpositive(seen_later - both);
+            float maxima[WIDTH], totals[WIDTH], of_mine[WIDTH], of_theirs[WIDTH];
+            store(maxima, both);
+            store(totals, fma(load(later.total + first), theirs, load(total + first) * mine));
+            store(of_mine, mine);
+            store(of_theirs, theirs);
+            for (int64_t r = first; r < std::min(first + WIDTH, rows); ++r) {
+                if (later.max[r] == MINUS_INFINITY) continue;
+                float *const a = values + r * dim;
+                const float *const b = later.values + r * dim;
+                const bool is_first = max[r] == MINUS_INFINITY;
+                max[r] = maxima[r - first];
+                total[r] = is_first ? later.total[r] : totals[r - first];
+                if (is_first)
+                    std::copy_n(b, dim, a);
+                else
+                    merge_row(a, of_mine[r - first], b, of_theirs[r - first], dim);
             }
-            const float both = std::max(max[r], later.max[r]);
-            const Vec mine = exp2_of_nonpositive(splat(max[r] - both));
-            const Vec theirs = exp2_of_nonpositive(splat(later.max[r] - both));
-            max[r] = both;
-            total[r] = first_lane(fma(splat(later.total[r]), theirs, splat(total[r]) * mine));
-            for (int64_t i = 0; i < dim; i += WIDTH) store(a + i, fma(load(b + i), theirs, load(a + i) * mine));
         }
+    }
+
+  private:
+    static void merge_row(float *a, float of_a, const float *b, float of_b, int64_t dim) {
+        const Vec mine = splat(of_a), theirs = splat(of_b);
+        for (int64_t i = 0; i < dim; i += WIDTH) store(a + i, fma(load(b + i), theirs, load(a + i) * mine));
     }
 };
 
@@ -90,11 +102,23 @@ struct GrowingSums : Sums {
 
 constexpr double LN_2 = 0.693147180559945309417;
 
+// One divided by the sum of a row's weights and that of its sink, all relative to its maximum.
+inline float share_beside(float sink, float max, float total) {
+    const float score = static_cast<float>(sink / LN_2), both = std::max(max, score);
+    const Vec weights = exp2_of_nonpositive(splat(max - both)), of_sink = exp2_of_nonpositive(splat(score - both));
+    return first_lane(weights) / first_lane(fma(splat(total), weights, of_sink));
+}
+
 // A row's output, and the natural logarithm of its sum of weights (or null); 0 and -inf where it has seen no key.
+// sink: a score beside those of the keys, which is not part of the logarithm; or null.
 template <class T>
-inline void write_row(const Sums &sums, int64_t row, int64_t padded_dim, int64_t head_dim, T *out, float *lse) {
+inline void write_row(
+    const Sums &sums, int64_t row, int64_t padded_dim, int64_t head_dim, const float *sink, T *out, float *lse
+) {
     const bool is_empty = sums.max[row] == MINUS_INFINITY;
-    const float share = is_empty ? 0.0f : 1.0f / sums.total[row];
+    const float share = is_empty          ? 0.0f
+                        : sink != nullptr ? share_beside(*sink, sums.max[row], sums.total[row])
+                                          : 1.0f / sums.total[row];
     const float *const values = sums.values + row * padded_dim;
     for (int64_t d = 0; d < head_dim; ++d) from_float(is_empty ? 0.0f : values[d] * share, out + d);
     if (lse == nullptr) return;

@@ -126,12 +126,12 @@ class MergedNodes(SharedAttention):
         agree: Callable[[], None] | None = None,
     ) -> Tensor:
         """See SharedAttention."""
-        begun = self._native.begin(q_TKGD, k_TKD, v_TKD, layer, scale, has_lse=sinks_H is not None)
+        begun = self._native.begin(q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H)
         if not self._fits_slots(begun):
-            return self._begun(begun, sinks_H, agree)()
+            return self._begun(begun, agree)()
         if self._native.attend_and_send(begun, _NATIVE_WAIT_NS):
-            return _output(begun, sinks_H)
-        return self._merged(begun, sinks_H)
+            return begun.out_THD
+        return self._merged(begun)
 
     def begin(
         self,
@@ -144,15 +144,13 @@ class MergedNodes(SharedAttention):
         agree: Callable[[], None] | None = None,
     ) -> Callable[[], Tensor]:
         """See SharedAttention."""
-        begun = self._native.begin(q_TKGD, k_TKD, v_TKD, layer, scale, has_lse=sinks_H is not None)
-        return self._begun(begun, sinks_H, agree)
+        begun = self._native.begin(q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H)
+        return self._begun(begun, agree)
 
-    def _begun(
-        self, begun: PendingShard, sinks_H: Tensor | None, agree: Callable[[], None] | None = None
-    ) -> Callable[[], Tensor]:
+    def _begun(self, begun: PendingShard, agree: Callable[[], None] | None) -> Callable[[], Tensor]:
         if self._fits_slots(begun):
             self._native.attend_and_send(begun)
-            return partial(self._merged, begun, sinks_H)
+            return partial(self._merged, begun)
         self._native.attend(begun)
         if agree is not None:
             agree()
@@ -160,7 +158,7 @@ class MergedNodes(SharedAttention):
 
         def merged() -> Tensor:
             self._native.merge_arrived(begun, on_their_way())
-            return _output(begun, sinks_H)
+            return begun.out_THD
 
         return merged
 
@@ -169,14 +167,7 @@ class MergedNodes(SharedAttention):
         _, num_heads, width = begun.nodes_NHE.shape
         return self._exchange.fits_slots(4 * num_heads * width)
 
-    def _merged(self, begun: PendingShard, sinks_H: Tensor | None) -> Tensor:
+    def _merged(self, begun: PendingShard) -> Tensor:
         while not self._native.merge(begun, _NATIVE_WAIT_NS):
             self._exchange.wait_for_slots()
-        return _output(begun, sinks_H)
-
-
-def _output(merged: PendingShard, sinks_H: Tensor | None) -> Tensor:
-    if sinks_H is None:
-        return merged.out_THD
-    assert merged.lse_TH is not None
-    return with_sinks(merged.out_THD, merged.lse_TH, sinks_H)[0]
+        return begun.out_THD

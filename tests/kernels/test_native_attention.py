@@ -16,6 +16,7 @@ from paged_world import TOLERANCE, World
 
 from megatron_medha.kernels.attention import reference
 from megatron_medha.kernels.attention.backend import QueryRange
+from megatron_medha.kernels.attention.merge import with_sinks
 from megatron_medha.kernels.attention.native_attention import NativeAttention, NativePlan
 from megatron_medha.kernels.native_build import usable_targets
 
@@ -171,6 +172,30 @@ def test_log_sum_exps_and_rows_that_see_any_number_of_keys(
             assert (lse_TH[rows].double() - expected_lse_TH).abs().max() < 1e-5
         else:
             assert not out_THD[rows].any() and lse_TH[rows].isneginf().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks_take_their_part_of_the_softmax_whatever_rows_stand_beside(
+    native: NativeAttention, dtype: torch.dtype
+) -> None:
+    world = World(native, num_kv_heads=2, group=3, head_dim=48, dtype=dtype)
+    sequence = world.add(90)
+    sinks_H = torch.tensor([-torch.inf, -3.0, 0.0, 1.0, 5.0, 60.0])
+    q_TKGD = torch.randn(90, 2, 3, 48).to(dtype)
+    numbers = (q_TKGD, sequence.k_SKD, sequence.v_SKD)
+    plan = native.plan([QueryRange(0, 90, 0, sequence.table)])
+    out_THD = native.attend(plan, *numbers, world.layer, world.scale, sinks_H)
+    without_THD, lse_TH = native.attend_with_lse(plan, *numbers, world.layer, world.scale)
+    expected_THD, _ = with_sinks(without_THD, lse_TH, sinks_H)
+    assert (out_THD.double() - expected_THD.double()).abs().max() < TOLERANCE[dtype]
+    assert torch.equal(out_THD[:, 0], without_THD[:, 0]) and not out_THD[:, 5].float().abs().max() > 1e-6
+    for first, count in [(0, 7), (7, 1), (8, 82)]:
+        plan = native.plan([QueryRange(0, count, first, sequence.table)])
+        rows = slice(first, first + count)
+        alone_THD = native.attend(plan, *(x[rows] for x in numbers), world.layer, world.scale, sinks_H)
+        assert torch.equal(alone_THD, out_THD[rows])
+    with pytest.raises(ValueError, match="sinks"):
+        native.attend(plan, *(x[rows] for x in numbers), world.layer, world.scale, sinks_H[:4])
 
 
 def test_rows_of_another_ranks_shard_are_not_written_and_see_every_earlier_key(native: NativeAttention) -> None:

@@ -54,7 +54,7 @@ def test_every_layout_has_megatrons_logits_and_tokens(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["latent attention", "window"])
+@pytest.mark.parametrize("name", ["sinks", "window"])
 def test_every_kind_of_attention_has_the_bits_of_one_rank_over_kvp(
     name: str, ranks: RankProcesses, pgs: MedhaPGs, tmp_path: Path
 ) -> None:
