@@ -156,12 +156,13 @@ def kv_config() -> KVConfig:
 
 
 def vocabulary_of(checkpoint: Path) -> Vocabulary:
-    """Without grammars where there is no tokenizer."""
+    """Without grammars where there is no tokenizer, or no token that ends an output."""
     config = read_model_config(checkpoint)
     if config.max_context_len < MAX_TOKENS:
         raise SystemExit(f"{checkpoint}: its context of {config.max_context_len} tokens is shorter than {MAX_TOKENS}")
-    has_tokenizer = (checkpoint / "tokenizer.json").is_file()
-    return Vocabulary(config.vocab_size, EOS_ID, _grammars() if has_tokenizer else ())
+    stop_token_id = next(iter(config.stop_token_ids), None)
+    has_grammars = stop_token_id is not None and (checkpoint / "tokenizer.json").is_file()
+    return Vocabulary(config.vocab_size, stop_token_id or 0, _grammars() if has_grammars else ())
 
 
 @cache
