@@ -130,6 +130,7 @@ def _loaded(target: str) -> ctypes.CDLL:
             shutil.rmtree(path.parent, ignore_errors=True)  # what is loaded stays
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     others = dict.fromkeys(("attend_shard", "merge_shards", "exp2"), [pointer, pointer, number])
+    others["finish"] = [pointer, pointer]
     names = ("attend", "linear", "norm", "activate", "experts", "decoder", *others)
     for name in names:
         function = getattr(library, f"medha_{name}")

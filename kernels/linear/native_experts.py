@@ -68,6 +68,8 @@ class NativeExperts:
         here = [expert for expert in experts if expert is not None]
         ffn_size = here[0].down.num_inputs
         up_size = ffn_size * (2 if activation.has_gate else 1)
+        if len({expert.down.weight.num_slices for expert in here}) > 1:
+            raise ValueError("experts whose second layers have other numbers of slices")
         for expert in here:
             up, down = expert.up, expert.down
             sizes = (up.num_inputs, up.num_outputs, down.num_inputs, down.num_outputs)
@@ -97,17 +99,24 @@ class NativeExperts:
 
     def __call__(self, hidden_TC: Tensor) -> Tensor:
         """Raises ValueError for another dtype or size."""
+        return self._sum(hidden_TC, torch.bfloat16)
+
+    def sums(self, hidden_TC: Tensor) -> Tensor:
+        """The same in fp32, for the sums of other ranks to be added to."""
+        return self._sum(hidden_TC, torch.float32)
+
+    def _sum(self, hidden_TC: Tensor, dtype: torch.dtype) -> Tensor:
         if hidden_TC.dtype != torch.bfloat16 or hidden_TC.shape[1:] != (self.hidden_size,):
             raise ValueError(f"hidden states {hidden_TC.dtype} {tuple(hidden_TC.shape)} for size {self.hidden_size}")
         hidden_TC = hidden_TC.contiguous()
-        out_TC = torch.empty_like(hidden_TC)
+        out_TC = torch.empty_like(hidden_TC, dtype=dtype)
         call = _Call(
             gomp_parallel_address(),
             torch.get_num_threads(),
             *hidden_TC.shape,
             ctypes.addressof(self.struct),
             hidden_TC.data_ptr(),
-            out_TC.data_ptr(),
+            **{"out" if dtype == torch.bfloat16 else "wide_out": out_TC.data_ptr()},
         )
         if self._run(ctypes.byref(call)):
             raise MemoryError("the library could not allocate its working memory")

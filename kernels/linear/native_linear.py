@@ -33,17 +33,26 @@ class NativeLinear:
     """One layer with its weight packed: [..., I] -> [..., O], bf16."""
 
     def __init__(
-        self, weight_OI: Tensor, bias_O: Tensor | None, target: str | None = None, *, scale: Tensor | None = None
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        target: str | None = None,
+        *,
+        scale: Tensor | None = None,
+        num_slices: int = 1,
     ) -> None:
         """weight: bf16; or int8 with an fp32 scale [O]; or int8 of -8 to 7 with a bf16 scale [O, groups of inputs].
 
         The last is stored in 4 bits; its scales have 5 significant bits. bias: bf16. All are copied.
-        target: as for `native_library`, which may raise NativeUnavailable. Raises ValueError for other dtypes.
+        target: as for `native_library`, which may raise NativeUnavailable. num_slices: of the inputs, 1, 2, 4 or 8,
+        in int4 each of whole groups; their sums are added up in a binary tree (native/slices.h).
+        Raises ValueError for other dtypes and slices.
         """
         stored = torch.bfloat16 if scale is None else torch.int8
         if weight_OI.dtype != stored or bias_O is not None and bias_O.dtype != torch.bfloat16:
             raise ValueError(f"a native linear layer is bfloat16, or int8 with scales, not {weight_OI.dtype}")
-        self._run = native_library(target).medha_linear
+        library = native_library(target)
+        self._run, self._finish = library.medha_linear, library.medha_finish
         self._run_parallel = gomp_parallel_address()
         self.num_outputs, self.num_inputs = weight_OI.shape
         num_groups = -(-self.num_inputs // INT4_GROUP)
@@ -51,33 +60,68 @@ class NativeLinear:
         kind = _BF16 if scale is None else kinds.get((tuple(scale.shape), scale.dtype))
         if kind is None:
             raise ValueError(f"scales {scale.dtype} {tuple(scale.shape)} for {self.num_outputs} outputs")
-        padded_OI = F.pad(weight_OI.detach(), (0, -self.num_inputs % _DEPTH, 0, -self.num_outputs % _PANEL))
+        step = INT4_GROUP if kind == _INT4 and num_slices > 1 else 1
+        if num_slices not in (1, 2, 4, 8) or self.num_inputs % (step * num_slices):
+            raise ValueError(f"{num_slices} slices of {self.num_inputs} inputs: each must be a multiple of {step}")
+        weight_OSI = weight_OI.detach().unflatten(1, (num_slices, -1))
+        missing = -weight_OSI.shape[2] % _DEPTH
+        padded_OI = F.pad(weight_OSI, (0, missing, 0, 0, 0, -self.num_outputs % _PANEL)).flatten(1)
         packed = _int4_groups(padded_OI, scale) if kind == _INT4 else _in_panels(padded_OI, 2 if kind == _BF16 else 1)
         self._packed = _weight_memory(packed.nbytes).view(packed.dtype).view(packed.shape).copy_(packed)
         self._scales = scale.detach().clone() if kind == _INT8 else None
         self._bias = None if bias_O is None else bias_O.detach().clone()
         tensors = (self._packed, self._scales, self._bias)
-        self.weight = _Weight(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), kind)
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        self.weight = _Weight(*pointers, kind, num_slices)
+        self._unfinished = _Weight(pointers[0], None, None, kind, num_slices)
 
     def __call__(self, input_: Tensor) -> Tensor:
         """Raises ValueError for another dtype or size."""
+        out = torch.empty(*input_.shape[:-1], self.num_outputs, dtype=torch.bfloat16)
+        self._multiply(input_, self.weight, out=out.data_ptr())
+        return out
+
+    def slice_sums(self, input_: Tensor) -> list[Tensor]:
+        """Of each slice of the inputs, [..., O], fp32, scaled and without the bias."""
+        weight = _Weight(self.weight.values, self.weight.scales, None, self.weight.kind, self.weight.num_slices)
+        parts = [torch.empty(*input_.shape[:-1], self.num_outputs) for _ in range(weight.num_slices)]
+        for number, part in enumerate(parts, start=1):
+            self._multiply(input_, weight, wide_out=part.data_ptr(), only_slice=number)
+        return parts
+
+    def sums(self, input_: Tensor) -> Tensor:
+        """[..., O], fp32: what those of ranks with other inputs are added to before they are `finished`."""
+        sums = torch.empty(*input_.shape[:-1], self.num_outputs)
+        self._multiply(input_, self._unfinished, wide_out=sums.data_ptr())
+        return sums
+
+    def finished(self, sums: Tensor) -> Tensor:
+        """Scaled, with the bias, rounded; sums: as `sums` gives them."""
+        assert sums.dtype == torch.float32 and sums.is_contiguous() and sums.shape[-1] == self.num_outputs
+        out = torch.empty(sums.shape, dtype=torch.bfloat16)
+        call = _Call(
+            num_rows=sums.numel() // self.num_outputs, num_outputs=self.num_outputs, weight=self.weight,
+            out=out.data_ptr(),
+        )  # fmt: skip
+        self._finish(ctypes.byref(call), sums.data_ptr())
+        return out
+
+    def _multiply(self, input_: Tensor, weight: ctypes.Structure, **outputs: int) -> None:
         if input_.dtype != torch.bfloat16 or input_.shape[-1] != self.num_inputs:
             raise ValueError(f"{input_.dtype} {tuple(input_.shape)} for a layer of {self.num_inputs} bfloat16 inputs")
         input_ = input_.contiguous()
-        out = torch.empty(*input_.shape[:-1], self.num_outputs, dtype=torch.bfloat16)
         call = _Call(
-            input_.numel() // self.num_inputs,
-            self.num_inputs,
-            self.num_outputs,
-            input_.data_ptr(),
-            self.weight,
-            out.data_ptr(),
-            self._run_parallel,
-            torch.get_num_threads(),
+            num_rows=input_.numel() // self.num_inputs,
+            num_inputs=self.num_inputs,
+            num_outputs=self.num_outputs,
+            weight=weight,
+            run_parallel=self._run_parallel,
+            num_threads=torch.get_num_threads(),
+            **{"in": input_.data_ptr()},
+            **outputs,
         )
         if self._run(ctypes.byref(call)):
             raise MemoryError("the linear library could not allocate its working memory")
-        return out
 
 
 def _in_panels(weight_OI: Tensor, together: int) -> Tensor:

@@ -14,6 +14,7 @@ struct Weight {
     const float *scales;   // of an int8 weight, by output; or null
     const uint16_t *bias;  // or null
     int64_t kind;          // a WeightKind
+    int64_t num_slices;    // of its inputs, added up as slices.h says, each padded to a multiple of 32 inputs; 0 as 1
 };
 
 // Read by native_structs.py, field by field. Sizes in elements.
@@ -27,6 +28,7 @@ struct LinearCall {
     const uint16_t *residual;  // of out's shape, added to what was rounded; may be `out` itself; or null
     int64_t is_gated;          // 1: out is silu(first half of the outputs) * second half; see fuses_gate
     float *wide_out;           // of out's shape: outputs that are not rounded, instead of those in `out`; or null
+    int64_t only_slice;        // 1 or more: the sums of that slice of the inputs alone; 0: all
 };
 
 // Read by native_structs.py, field by field.
@@ -57,6 +59,8 @@ struct PassCall {
 
 // 0, or 1 when memory ran out; then the output cannot be used.
 extern "C" int medha_linear(const LinearCall *call);
+// What medha_linear makes of its sums: `sums` [rows][outputs], dense, become `out`.
+extern "C" int medha_finish(const LinearCall *call, const float *sums);
 // Several layers of the same kind of weight at once, on the threads of the first.
 void multiply_all(const LinearCall *calls, int64_t count);
 // Whether medha_linear has is_gated for so many outputs of either half.

@@ -160,7 +160,9 @@ class Decoder {
     void run_experts(const DecoderLayer &layer) {
         const int64_t hidden = call_.hidden_size;
         const bool has_shared = layer.mlp.up.values != nullptr, is_weighted = layer.shared_gate.values != nullptr;
-        add_up_experts({run_parallel_, call_.num_threads, call_.num_tokens, hidden, layer.experts, normed_, added_up_});
+        add_up_experts(
+            {run_parallel_, call_.num_threads, call_.num_tokens, hidden, layer.experts, normed_, added_up_, nullptr}
+        );
         if (has_shared) run_mlp(layer.mlp, shared_, nullptr);
         if (is_weighted) multiply(normed_, call_.num_tokens, hidden, layer.shared_gate, shared_weights_, 1, nullptr);
         each_token(hidden, [&](int64_t token) {

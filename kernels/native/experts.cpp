@@ -14,6 +14,7 @@
 #include "parallel_for.h"
 #include "rows.h"
 #include "simd.h"
+#include "slices.h"
 #include "spin_pool.h"
 #include "storage.h"
 #include "sums.h"
@@ -32,7 +33,10 @@ class Experts {
           activation_(call.layer->activation),
           num_rows_(call.num_tokens * router_.num_chosen),
           ffn_size_(call.layer->ffn_size),
-          is_gate_fused_(is_plain_swiglu(activation_) && fuses_gate(ffn_size_)) {}
+          is_gate_fused_(is_plain_swiglu(activation_) && fuses_gate(ffn_size_)) {
+        for (int64_t e = 0; e < router_.num_experts; ++e)
+            num_slices_ = std::max(num_slices_, call.layer->experts[e].down.num_slices);
+    }
 
     // A row is one token at one of its experts; rows of an expert lie together, in the order of their tokens.
     void run() {
@@ -50,8 +54,12 @@ class Experts {
         gather();
         multiply(true, up_size, is_gate_fused_ ? activated_ : up_);
         activate();
-        multiply(false, hidden, in_);  // the inputs are not needed any more
-        add_up();
+        if (num_slices_ > 1 || call_.wide_out != nullptr) {
+            add_up_in_slices();
+        } else {
+            multiply(false, hidden, in_);  // the inputs are not needed any more
+            add_up();
+        }
     }
 
   private:
@@ -111,7 +119,8 @@ class Experts {
         });
     }
 
-    void multiply(bool is_up, int64_t num_outputs, uint16_t *out) {
+    // only_slice: 1 or more, of the second layers, whose outputs go to `wide_out` then.
+    void multiply(bool is_up, int64_t num_outputs, uint16_t *out, int64_t only_slice = 0, float *wide_out = nullptr) {
         linears_.clear();
         for (int64_t e = 0; e < router_.num_experts; ++e) {
             const Expert &expert = call_.layer->experts[e];
@@ -126,7 +135,11 @@ class Experts {
             linear.in = (is_up ? in_ : activated_) + first * num_inputs;
             linear.weight = is_up ? expert.up : expert.down;
             if (!is_up) linear.weight.bias = nullptr;  // it is weighted: add_up
-            linear.out = out + first * (is_gated ? ffn_size_ : num_outputs);
+            if (wide_out != nullptr)
+                linear.wide_out = wide_out + first * num_outputs;
+            else
+                linear.out = out + first * (is_gated ? ffn_size_ : num_outputs);
+            linear.only_slice = only_slice;
             linear.run_parallel = call_.run_parallel;
             linear.num_threads = call_.num_threads;
             linear.is_gated = is_gated;
@@ -165,11 +178,57 @@ class Experts {
         });
     }
 
+    void add_up_in_slices() {
+        static thread_local Buffer memory;
+        const int64_t hidden = call_.hidden_size, size = (call_.num_tokens * hidden + WIDTH - 1) / WIDTH * WIDTH;
+        float *const nodes = memory.at_least<float>((1 + MAX_TREE_DEPTH) * size + num_rows_ * hidden);
+        float *const outputs = nodes + (1 + MAX_TREE_DEPTH) * size;
+        float *const sums = call_.wide_out != nullptr ? call_.wide_out : nodes + MAX_TREE_DEPTH * size;
+        const auto each_row = [&](const auto &body) { each(call_.num_tokens, TOKENS_OF_ITEM, num_rows_ * hidden, body); };
+        add_up_slices(
+            0, std::max<int64_t>(1, num_slices_), sums, size, nodes,
+            [&](int64_t slice, float *to) {
+                multiply(false, hidden, nullptr, slice + 1, outputs);
+                each_row([&](int64_t t) { add_up_slice(t, slice, outputs, to + t * hidden); });
+            },
+            [&](float *to, const float *from) {
+                each_row([&](int64_t t) { add_row(to + t * hidden, from + t * hidden, hidden); });
+            }
+        );
+        if (call_.wide_out != nullptr) return;
+        each_row([&](int64_t t) {
+            for (int64_t i = 0; i < hidden; i += WIDTH)
+                store_first(call_.out + t * hidden + i, load_first(sums + t * hidden + i, hidden - i), hidden - i);
+        });
+    }
+
+    // A token's experts, over one slice of their inputs; biases belong to the first.
+    void add_up_slice(int64_t t, int64_t slice, const float *outputs, float *to) const {
+        const int64_t size = call_.hidden_size, count = router_.num_chosen;
+        for (int64_t i = 0; i < size; i += WIDTH) {
+            Vec sum = splat(0.0f);
+            for (int64_t k = t * count; k < (t + 1) * count; ++k) {
+                const Expert &expert = call_.layer->experts[chosen_[k]];
+                if (expert.up.values == nullptr) continue;
+                sum = sum + load_first(outputs + row_of_[k] * size + i, size - i);
+                if (slice == 0 && expert.down.bias != nullptr && router_.adds_biases)
+                    sum = fma(load_first(expert.down.bias + i, size - i), splat(weights_[k]), sum);
+            }
+            store_first(to + i, sum, size - i);
+        }
+    }
+
+    static void add_row(float *to, const float *more, int64_t size) {
+        for (int64_t i = 0; i < size; i += WIDTH)
+            store_first(to + i, load_first(to + i, size - i) + load_first(more + i, size - i), size - i);
+    }
+
     const ExpertsCall &call_;
     const Router &router_;
     const Activation &activation_;
     const int64_t num_rows_, ffn_size_;
     const bool is_gate_fused_;
+    int64_t num_slices_ = 1;  // of the second layers' inputs
     uint16_t *in_ = nullptr, *up_ = nullptr, *activated_ = nullptr;
     float *weights_ = nullptr;  // [T][chosen], behind them the router's outputs
     int32_t *chosen_ = nullptr, *row_of_ = nullptr, *source_of_ = nullptr;  // [T][chosen] twice; of a row, its place there

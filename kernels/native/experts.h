@@ -39,12 +39,14 @@ struct ExpertsCall {
     const ExpertsLayer *layer;
     const uint16_t *in;  // [T][hidden]
     uint16_t *out;       // likewise: the weighted sum of each token's experts
+    float *wide_out;     // the same as fp32, instead of `out`, for other ranks' to be added to; or null
 };
 
 // The first num_chosen experts of a token's scores, in ascending order, and their weights. memory: for twice as many
 // floats as there are experts. Needs flush-to-zero.
 void choose_experts(const Router &router, const float *outputs, float *memory, int32_t *chosen, float *weights);
 
-// Throws std::bad_alloc.
+// Where second layers have slices (slices.h), a token's experts are added up slice by slice, then the slices: ranks that
+// have some slices each do the same additions. Throws std::bad_alloc.
 void add_up_experts(const ExpertsCall &call);
 extern "C" int medha_experts(const ExpertsCall *call);

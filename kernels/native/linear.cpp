@@ -20,6 +20,7 @@
 #include "parallel_for.h"
 #include "prefetcher.h"
 #include "simd.h"
+#include "slices.h"
 #include "spin_pool.h"
 #include "storage.h"
 #include "sums.h"
@@ -125,8 +126,8 @@ class Linear {
   public:
     explicit Linear(const LinearCall &call)
         : call_(call),
-          depth_(padded_inputs(call.num_inputs)),
-          packed_depth_((depth_ + WIDTH - 1) / WIDTH * WIDTH),
+          slices_(call),
+          depth_(slices_.whole_depth),
           num_tiles_(
               call.num_rows <= MAX_ROWS_UNWIDENED ? call.num_rows > 0 : (call.num_rows + MAX_ROWS - 1) / MAX_ROWS
           ) {}
@@ -136,19 +137,21 @@ class Linear {
     static constexpr int64_t MIN_PARALLEL_INPUTS = 1 << 16;
     using Input = float;
 
-    int64_t work() const { return call_.num_rows * call_.num_inputs * call_.num_outputs; }
+    int64_t work() const { return call_.num_rows * slices_.size() * call_.num_outputs; }
 
-    int64_t num_copied_inputs() const { return call_.num_rows * packed_depth_; }
+    int64_t num_copied_inputs() const { return call_.num_rows * slices_.size(); }
     int64_t num_copies() const { return num_tiles_; }
     void copy_to(float *memory) { packed_ = memory; }
     // As add_products reads them; zeros fill up what is not there.
     void copy(int64_t tile) const {
         const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
-        float *const to = packed_ + first * packed_depth_;
+        float *const to = packed_ + first * slices_.size();
         for (int64_t r = 0; r < count; ++r) {
-            const uint16_t *const row = call_.in + (first + r) * call_.num_inputs;
-            for (int64_t d = 0; d < packed_depth_; d += WIDTH)
-                store(to + d * count + r * WIDTH, load_first(row + d, call_.num_inputs - d));
+            const uint16_t *in = call_.in + (first + r) * call_.num_inputs + slices_.first_slice * slices_.num_inputs;
+            float *of_row = to + r * WIDTH;
+            for (int64_t s = 0; s < slices_.num_slices; ++s, in += slices_.num_inputs)
+                for (int64_t d = 0; d < slices_.depth; d += WIDTH, of_row += WIDTH * count)
+                    store(of_row, load_first(in + d, slices_.num_inputs - d));
         }
     }
 
@@ -184,16 +187,20 @@ class Linear {
     int64_t first_row_of(int64_t tile) const { return call_.num_rows * tile / num_tiles_; }
 
     const W *pack_of(int64_t output) const {
-        return advance(static_cast<const W *>(call_.weight.values), output / PACKED * PACKED * depth_);
+        return advance(static_cast<const W *>(call_.weight.values), (output / PACKED * depth_ + slices_.first()) * PACKED);
     }
 
     // All rows, outputs [first, first + width).
     void multiply(int64_t first, int64_t width) const {
-        float sums[MAX_ROWS * PANEL];
+        constexpr int64_t SIZE = MAX_ROWS * PANEL;
+        alignas(64) float sums[SIZE], tree[MAX_TREE_DEPTH * SIZE];
         const int num_rows = static_cast<int>(call_.num_rows);
-        multiply_packed_of<W>(num_rows, std::make_integer_sequence<int, MAX_ROWS_UNWIDENED>())(
-            pack_of(first), first % PACKED, packed_, depth_, sums
-        );
+        const auto multiply_rows =
+            multiply_packed_of<W>(num_rows, std::make_integer_sequence<int, MAX_ROWS_UNWIDENED>());
+        add_up_slices(0, slices_.num_slices, sums, num_rows * width, tree, [&](int64_t slice, float *to) {
+            const int64_t d = slice * slices_.depth;
+            multiply_rows(advance(pack_of(first), d * PACKED), first % PACKED, packed_ + d * num_rows, slices_.depth, to);
+        });
         for (int64_t r = 0; r < num_rows; ++r) write_outputs(call_, r, first, width, sums + r * width);
     }
 
@@ -201,28 +208,37 @@ class Linear {
     void multiply_widened(int64_t panel, int64_t first_tile, int64_t end_tile, const W *after) const {
         static thread_local Buffer memory;
         const int64_t first_row = first_row_of(first_tile), num_rows = first_row_of(end_tile) - first_row;
-        float *const sums = memory.at_least<float>(num_rows * PANEL + DEPTH * PANEL);
-        float *const widened = sums + num_rows * PANEL;
+        const int64_t size = num_rows * PANEL;
+        float *const widened = memory.at_least<float>((1 + MAX_TREE_DEPTH) * size + DEPTH * PANEL);
+        float *const sums = widened + DEPTH * PANEL;
+        add_up_slices(0, slices_.num_slices, sums, size, sums + size, [&](int64_t slice, float *to) {
+            multiply_slice(panel, slice, first_tile, end_tile, after, widened, to);
+        });
+        for (int64_t r = 0; r < num_rows; ++r) write_outputs(call_, first_row + r, panel * PANEL, PANEL, sums + r * PANEL);
+    }
+
+    void multiply_slice(
+        int64_t panel, int64_t slice, int64_t first_tile, int64_t end_tile, const W *after, float *widened, float *sums
+    ) const {
+        const int64_t first_row = first_row_of(first_tile), num_rows = first_row_of(end_tile) - first_row;
+        const int64_t first = slice * slices_.depth, end = first + slices_.depth, num_inputs = slices_.size();
         std::fill_n(sums, num_rows * PANEL, 0.0f);
-        for (int64_t start = 0; start < depth_; start += DEPTH) {
-            const int64_t depth = std::min(DEPTH, depth_ - start);
+        for (int64_t start = first; start < end; start += DEPTH) {
+            const int64_t depth = std::min(DEPTH, end - start);
             const W *const block = advance(pack_of(panel * PANEL), start * PACKED);
             widen(block, panel * PANEL % PACKED, widened, depth);
-            const int64_t num_left = depth_ - start - depth;
+            const int64_t num_left = num_inputs - start - depth;
             const int64_t next_depth = num_left > 0 ? std::min(DEPTH, num_left) : after != nullptr ? depth : 0;
             const int64_t num_fetches = (end_tile - first_tile) * ((depth + WIDTH - 1) / WIDTH);
             Prefetcher next(
                 num_left > 0 ? advance(block, depth * PACKED) : after, bytes_of<W>(next_depth * PACKED), num_fetches
             );
             for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-                const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
-                ADD_PRODUCTS[count - 1](
-                    widened, packed_ + first * packed_depth_ + start * count, depth, sums + (first - first_row) * PANEL,
-                    next
-                );
+                const int64_t row = first_row_of(tile), count = first_row_of(tile + 1) - row;
+                const float *const in = packed_ + row * num_inputs + start * count;
+                ADD_PRODUCTS[count - 1](widened, in, depth, sums + (row - first_row) * PANEL, next);
             }
         }
-        for (int64_t r = 0; r < num_rows; ++r) write_outputs(call_, first_row + r, panel * PANEL, PANEL, sums + r * PANEL);
     }
 
     static void widen(const W *pack, int64_t o, float *to, int64_t depth) {
@@ -236,7 +252,9 @@ class Linear {
     }
 
     const LinearCall &call_;
-    const int64_t depth_, packed_depth_, num_tiles_;
+    const SlicedInputs slices_;
+    const int64_t depth_;
+    const int64_t num_tiles_;
     float *packed_ = nullptr;
     int64_t num_threads_ = 1, num_items_ = 0, width_ = 0, num_columns_ = 0, num_blocks_ = 0;
 };
@@ -303,6 +321,16 @@ void multiply_all(const LinearCall *calls, int64_t count) {
         case INT8_WEIGHT: return run_all<BestLinear<int8_t>>(calls, count);
         case INT4_WEIGHT: return run_all<BestLinear<Int4Group>>(calls, count);
     }
+}
+
+extern "C" int medha_finish(const LinearCall *call, const float *sums) {
+    for (int64_t r = 0; r < call->num_rows; ++r)
+        for (int64_t o = 0; o < call->num_outputs; o += PACKED) {
+            alignas(64) float padded[PACKED] = {};
+            std::copy_n(sums + r * call->num_outputs + o, std::min(PACKED, call->num_outputs - o), padded);
+            write_outputs(*call, r, o, PACKED, padded);
+        }
+    return 0;
 }
 
 extern "C" int medha_linear(const LinearCall *call) {

@@ -22,6 +22,23 @@ struct Int4Group {
     uint8_t pairs[NUM_INPUTS / 2][PACKED];
 };
 
+// The slices that the inputs of a layer lie in, and which of them a call sums up.
+struct SlicedInputs {
+    explicit SlicedInputs(const LinearCall &call) {
+        const int64_t num_all = std::max<int64_t>(1, call.weight.num_slices);
+        num_inputs = call.num_inputs / num_all;
+        depth = padded_inputs(num_inputs);
+        whole_depth = num_all * depth;
+        first_slice = call.only_slice > 0 ? call.only_slice - 1 : 0;
+        num_slices = call.only_slice > 0 ? 1 : num_all;
+    }
+    int64_t first() const { return first_slice * depth; }  // padded inputs before those that are summed up
+    int64_t size() const { return num_slices * depth; }    // and those that are
+
+    int64_t num_inputs, depth, whole_depth;  // of a slice, the same with its padding, and of all slices
+    int64_t first_slice, num_slices;         // that are summed up
+};
+
 // The type that weights are read in holds so many of them.
 template <class W>
 constexpr int64_t NUM_IN = 1;
@@ -80,10 +97,13 @@ inline void widen_pairs(const int8_t *from, int64_t depth, uint16_t *to) {
 
 // Sums of a row's outputs from `first` on, scaled and with their bias; `count` outputs are left.
 inline Vec whole_sum(const LinearCall &call, const float *sums, int64_t first, int64_t count) {
-    Vec sum = load(sums);
-    if (call.weight.scales != nullptr) sum = sum * load_first(call.weight.scales + first, count);
-    if (call.weight.bias != nullptr) sum = sum + load_first(call.weight.bias + first, count);
-    return sum;
+    const Vec sum = load(sums);
+    const bool has_scales = call.weight.scales != nullptr, has_bias = call.weight.bias != nullptr;
+    if (!has_scales && !has_bias) return sum;
+    if (!has_bias) return sum * load_first(call.weight.scales + first, count);
+    const Vec bias = load_first(call.weight.bias + first, count);
+    // Fused by us: the compiler would do it in some places and not in others.
+    return has_scales ? fma(sum, load_first(call.weight.scales + first, count), bias) : sum + bias;
 }
 
 // Scale, bias, rounding and residual for `width` sums of a row, from output `first` on; those past the last are dropped.

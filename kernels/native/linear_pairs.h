@@ -1,7 +1,8 @@
 // Linear layers by dot products of bf16 pairs (AVX512-BF16), for processors without matrix tiles.
 //
 // Weights lie as linear.cpp says: a vector of them is the two inputs of a pair for 16 outputs. An output is the sum over
-// pairs in ascending order, in each the second product before the first, all by fused multiply-adds; so are the
+// pairs in ascending order (of each slice, slices.h), in each the second product before the first, all by fused
+// multiply-adds; so are the
 // instruction's own roundings, and a plain version without it has the same bits.
 #pragma once
 
@@ -17,6 +18,7 @@
 #include "linear_output.h"
 #include "padded_rows.h"
 #include "simd.h"
+#include "slices.h"
 #include "storage.h"
 #include "sums.h"
 
@@ -83,7 +85,7 @@ class PairLinear : public PaddedRows {
 
     static constexpr int64_t MIN_PARALLEL_WORK = 1 << 20;  // multiplications; some 50 us of them
 
-    int64_t work() const { return call_.num_rows * depth_ * call_.num_outputs; }
+    int64_t work() const { return call_.num_rows * slices_.size() * call_.num_outputs; }
 
     int64_t cut(int64_t num_threads) {
         if (call_.num_rows == 0) return num_items_ = 0;
@@ -110,15 +112,19 @@ class PairLinear : public PaddedRows {
     static constexpr int columns_of(int num_rows) { return num_rows <= MAX_TILE_ROWS ? 4 : 2; }
     static_assert(WIDTH == 16, "a pack is four vectors");
 
-    const W *pack_of(int64_t pack) const { return advance(static_cast<const W *>(call_.weight.values), pack * PACKED * depth_); }
+    const W *pack_of(int64_t pack) const {
+        return advance(static_cast<const W *>(call_.weight.values), (pack * depth_ + slices_.first()) * PACKED);
+    }
 
     static const uint16_t *at(const uint16_t *pack, int64_t d, int64_t o) { return pack + d * PACKED + 2 * o; }
     static const int8_t *at(const int8_t *pack, int64_t d, int64_t o) { return pack + d * PACKED + o; }
     static Int4Place at(const Int4Group *pack, int64_t d, int64_t o) { return place(pack, d, o); }
 
-    // R rows by C vectors of outputs from output o of a pack; sums [R][PACKED].
+    // R rows, `stride` apart, by C vectors of outputs from output o of a pack; sums [R][PACKED].
     template <class Weight, int R, bool FETCHES>
-    static void multiply(const Weight *pack, int64_t o, const uint16_t *rows, int64_t depth, float *sums) {
+    static void multiply(
+        const Weight *pack, int64_t o, const uint16_t *rows, int64_t stride, int64_t depth, float *sums
+    ) {
         constexpr int C = columns_of(R);
         Vec sum[R][C];
         for (int r = 0; r < R; ++r)
@@ -132,7 +138,7 @@ class PairLinear : public PaddedRows {
             }
 #pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {
-                const Pairs inputs = splat_pair(rows + r * depth + d);
+                const Pairs inputs = splat_pair(rows + r * stride + d);
                 for (int c = 0; c < C; ++c) sum[r][c] = add_dot(sum[r][c], inputs, weights[c]);
             }
         }
@@ -141,7 +147,7 @@ class PairLinear : public PaddedRows {
     }
 
     template <class Weight>
-    using Multiply = void (*)(const Weight *, int64_t, const uint16_t *, int64_t, float *);
+    using Multiply = void (*)(const Weight *, int64_t, const uint16_t *, int64_t, int64_t, float *);
     template <class Weight, bool FETCHES, int... R>
     static Multiply<Weight> multiply_of(int64_t num_rows, std::integer_sequence<int, R...>) {
         static constexpr Multiply<Weight> all[] = {multiply<Weight, R + 1, FETCHES>...};
@@ -150,18 +156,24 @@ class PairLinear : public PaddedRows {
 
     // All rows, which are few, by one pack (and the one it gates), as it comes from memory.
     void multiply_few(int64_t pack) const {
-        alignas(64) float sums[2][MAX_ROWS * PACKED];
+        constexpr int64_t SIZE = MAX_ROWS * PACKED;
+        alignas(64) float sums[2][SIZE], tree[MAX_TREE_DEPTH * SIZE];
         const int num_rows = static_cast<int>(call_.num_rows);
         const auto multiply_rows = multiply_of<W, true>(num_rows, std::make_integer_sequence<int, MAX_ROWS>());
         for (int h = 0; h <= call_.is_gated; ++h)
-            for (int64_t o = 0; o < PACKED; o += columns_of(num_rows) * WIDTH)
-                multiply_rows(pack_of(h * num_packs_ + pack), o, row(0), depth_, sums[h]);
+            add_up_slices(0, slices_.num_slices, sums[h], num_rows * PACKED, tree, [&](int64_t slice, float *to) {
+                const int64_t d = slice * slices_.depth;
+                const W *const weights = advance(pack_of(h * num_packs_ + pack), d * PACKED);
+                for (int64_t o = 0; o < PACKED; o += columns_of(num_rows) * WIDTH)
+                    multiply_rows(weights, o, row(0) + d, depth_, slices_.depth, to);
+            });
         write_rows(pack, 0, num_rows, sums[0], sums[1]);
     }
 
     // Rows [first, end) by one pack (and the one it gates), tile by tile; narrow weights are widened once for all.
     void multiply_many(int64_t pack, int64_t first, int64_t end) const {
-        alignas(64) float sums[2][MAX_TILE_ROWS * PACKED];
+        constexpr int64_t SIZE = MAX_TILE_ROWS * PACKED;
+        alignas(64) float sums[2][SIZE], tree[MAX_TREE_DEPTH * SIZE];
         static thread_local Buffer memory;
         const uint16_t *weights[2] = {};
         for (int h = 0; h <= call_.is_gated; ++h) weights[h] = pairs_of_pack(h * num_packs_ + pack, h, memory);
@@ -171,7 +183,11 @@ class PairLinear : public PaddedRows {
             const int64_t num_rows = first + (end - first) * (t + 1) / num_tiles - begin;
             const auto multiply_rows =
                 multiply_of<uint16_t, false>(num_rows, std::make_integer_sequence<int, MAX_TILE_ROWS>());
-            for (int h = 0; h <= call_.is_gated; ++h) multiply_rows(weights[h], 0, row(begin), depth_, sums[h]);
+            for (int h = 0; h <= call_.is_gated; ++h)
+                add_up_slices(0, slices_.num_slices, sums[h], num_rows * PACKED, tree, [&](int64_t slice, float *to) {
+                    const int64_t d = slice * slices_.depth;
+                    multiply_rows(weights[h] + d * PACKED, 0, row(begin) + d, depth_, slices_.depth, to);
+                });
             write_rows(pack, begin, num_rows, sums[0], sums[1]);
         }
     }
@@ -180,9 +196,9 @@ class PairLinear : public PaddedRows {
         if constexpr (IS_BF16<W>) {
             return pack_of(pack);
         } else {
-            const int64_t size = depth_ * PACKED;
+            const int64_t depth = slices_.size(), size = depth * PACKED;
             uint16_t *const widened = memory.at_least<uint16_t>((1 + call_.is_gated) * size) + half * size;
-            widen_pairs(pack_of(pack), depth_, widened);
+            widen_pairs(pack_of(pack), depth, widened);
             return widened;
         }
     }

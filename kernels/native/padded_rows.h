@@ -10,7 +10,8 @@
 // Rows are read where they lie if their width is right already.
 class PaddedRows {
   public:
-    explicit PaddedRows(const LinearCall &call) : call_(call), depth_(padded_inputs(call.num_inputs)), in_(call.in) {}
+    explicit PaddedRows(const LinearCall &call)
+        : call_(call), slices_(call), depth_(slices_.whole_depth), in_(call.in) {}
 
     static constexpr int64_t MIN_PARALLEL_INPUTS = 1 << 18;  // some 50 us of copying: what waking a thread takes
     using Input = uint16_t;
@@ -25,15 +26,20 @@ class PaddedRows {
     }
     void copy(int64_t i) const {
         for (int64_t r = i * ROWS_OF_COPY; r < std::min((i + 1) * ROWS_OF_COPY, call_.num_rows); ++r) {
-            std::copy_n(call_.in + r * call_.num_inputs, call_.num_inputs, copied_ + r * depth_);
-            std::fill(copied_ + r * depth_ + call_.num_inputs, copied_ + (r + 1) * depth_, 0);
+            for (int64_t s = slices_.first_slice; s < slices_.first_slice + slices_.num_slices; ++s) {
+                uint16_t *const to = copied_ + r * depth_ + s * slices_.depth;
+                std::copy_n(call_.in + r * call_.num_inputs + s * slices_.num_inputs, slices_.num_inputs, to);
+                std::fill(to + slices_.num_inputs, to + slices_.depth, 0);
+            }
         }
     }
 
   protected:
-    const uint16_t *row(int64_t r) const { return in_ + r * depth_; }
+    // From the first input on that is summed up; the next row is depth_ further.
+    const uint16_t *row(int64_t r) const { return in_ + r * depth_ + slices_.first(); }
 
     const LinearCall &call_;
+    const SlicedInputs slices_;
     const int64_t depth_;
 
   private:

@@ -14,7 +14,8 @@ USAGE = """\
 usage: medha version
 
 Prints the versions of this package, Megatron-core, torch and Python, whether the scheduler is compiled, and the
-instruction sets that the CPU kernels can use here, the best first: model.instruction_set=auto takes that one.
+instruction sets that the CPU kernels can use here, the best first: model.instruction_set=auto takes that one. Then
+which options the bits of outputs need to be the same at any parallel.tp.
 """
 
 
@@ -30,6 +31,7 @@ def run(words: Sequence[str]) -> int:
     print(f"python {platform.python_version()}")
     print(f"decisions {'compiled' if use_compiled_core() else 'interpreted (medha compile makes them faster)'}")
     print(f"cpu instructions {_instruction_sets()}")
+    print("same bits over parallel.tp with model.virtual_tp=auto (off by default)")
     return 0
 
 

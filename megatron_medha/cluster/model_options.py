@@ -31,6 +31,7 @@ class ModelOptions:
     attention_tiles: str = "auto"           # of the triton backend; auto: measured when a rank is loaded
     linear_backend: str = "auto"            # CPU: kernels of the linear layers
     instruction_set: str = "auto"           # CPU: what the native kernels use
+    virtual_tp: str = "1"                   # CPU: slices of row-parallel layers, whose sums have one order over any tp
     shape: ModelShape | None = None         # of a model that is only simulated
 
     def __post_init__(self) -> None:
@@ -61,6 +62,9 @@ class ModelOptions:
             raise ConfigError(f"model.kv_dtype={self.kv_dtype}: needs model.device=cuda; use auto")
         if self.device == "cuda" and self.weight_dtype != "auto":
             raise ConfigError(f"model.weight_dtype={self.weight_dtype}: needs model.device=cpu; there is model.fp8")
+        check_member("model.virtual_tp", self.virtual_tp, ("auto", "1", "2", "4", "8"))
+        if self.device == "cuda" and self.virtual_tp != "1":
+            raise ConfigError(f"model.virtual_tp={self.virtual_tp}: needs model.device=cpu; use 1")
         for key in ("linear_backend", "instruction_set"):
             if self.device == "cuda" and getattr(self, key) != "auto":
                 raise ConfigError(f"model.{key}={getattr(self, key)}: needs model.device=cpu; use auto")

@@ -32,7 +32,12 @@ from megatron_medha.kernels.linear.native_pointwise import NativeNorm
 from megatron_medha.kernels.native_build import NativeUnavailable
 from megatron_medha.model.attention import MedhaSelfAttention
 from megatron_medha.model.experts import ExpertsLayer
-from megatron_medha.model.general_layers import GeneralCoreAttention, GeneralSelfAttention, GeneralTransformerLayer
+from megatron_medha.model.general_layers import (
+    GeneralCoreAttention,
+    GeneralSelfAttention,
+    GeneralTransformerLayer,
+    WideNorm,
+)
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.layer import MedhaTransformerLayer
 from megatron_medha.model.native_parts import (
@@ -56,6 +61,7 @@ def use_cpu_kernels(
     *,
     weight_dtype: str = "auto",
     linear_backend: str = "auto",
+    virtual_tp: int = 1,
 ) -> NativeDecoder | None:
     """Put into the model what a CPU can have; inference only, for good. Returns the decoder of whole steps, if any.
 
@@ -63,10 +69,16 @@ def use_cpu_kernels(
     """
     if next(model.parameters()).device.type != "cpu":
         return None
-    pack_linears(model, sum_over_tp, weight_dtype=weight_dtype, linear_backend=linear_backend)
+    pack_linears(
+        model, sum_over_tp, weight_dtype=weight_dtype, linear_backend=linear_backend, virtual_tp=virtual_tp
+    )
     for module in model.modules():
-        if isinstance(module, ExpertsLayer) and module.sum_over_tp is not None and sum_over_tp is not None:
+        if isinstance(module, ExpertsLayer | WideNorm) and module.sum_over_tp is not None and sum_over_tp is not None:
             module.sum_over_tp = sum_over_tp
+        if isinstance(module, ExpertsLayer):
+            module.has_slices = virtual_tp > 1
+        if isinstance(module, WideNorm):
+            module.num_slices = max(1, virtual_tp // module.num_ranks)
     try:
         use_native_parts(model)
         decoder = _decoder_of(model, backend)

@@ -1,7 +1,8 @@
 """Megatron's layer of experts, computed where its tokens are: every rank has all of them, and its share of the experts.
 
 Nothing is dispatched, dropped or computed twice. An expert is computed for the tokens that were sent to it, and a
-token's experts are added up by their number: what else is in the batch has no part in the order of any sum.
+token's experts are added up by their number: what else is in the batch has no part in the order of any sum. Where
+layers have slices (virtual_tp.py) a token's experts are added up in each slice, then the slices in a binary tree.
 
 Shapes: T tokens, C hidden size, N experts of the layer, K experts of a token, F width of an expert.
 """
@@ -13,10 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
+
+from megatron_medha.kernels.linear.sliced_linear import tree_sum
+from megatron_medha.parallel.tp_all_reduce import tree_all_reduce
 
 
 class ExpertsLayer(MoELayer):
@@ -27,9 +30,10 @@ class ExpertsLayer(MoELayer):
     def __init__(self, *args: Any, is_group_by_best: bool = False, **kwargs: Any) -> None:
         """is_group_by_best: see core/model_spec.py; megatron-core has no such router."""
         super().__init__(*args, **kwargs)
-        self.sum_over_tp = partial(dist.all_reduce, group=self.tp_group) if self.tp_group.size() > 1 else None
+        self.sum_over_tp = partial(tree_all_reduce, self.tp_group) if self.tp_group.size() > 1 else None
+        self.has_slices = False  # pack_linears makes them
         # The router and the experts of this rank in one call: [T, C] -> [T, C]; native_parts.py may put it there.
-        self.routed: Callable[[Tensor], Tensor] | None = None
+        self.routed: Any = None
         # The bias of an expert's output is of the whole sum, not of a rank's part of it.
         self.adds_biases = self.num_local_experts < self.config.num_moe_experts or self.tp_group.rank() == 0
         if is_group_by_best:
@@ -42,44 +46,59 @@ class ExpertsLayer(MoELayer):
         if not hidden_states.shape[0]:
             return torch.zeros_like(hidden_states), None
         hidden_TC = hidden_states.flatten(0, -2)
+        is_part_summed = self.has_slices and self.sum_over_tp is not None  # before it is rounded
         if self.routed is not None:
-            routed_TC = self.routed(hidden_TC)
+            routed_TC = self.routed.sums(hidden_TC) if is_part_summed else self.routed(hidden_TC)
         else:
             routed_TC = self._routed(hidden_TC, *self.router(hidden_states))
+            routed_TC = routed_TC if is_part_summed else routed_TC.to(hidden_TC.dtype)
         if self.sum_over_tp is not None:
             self.sum_over_tp(routed_TC)
-        output = routed_TC.view_as(hidden_states)
+        output = routed_TC.to(hidden_TC.dtype).view_as(hidden_states)
         return (output if self.shared_experts is None else output + self.shared_experts(hidden_states)), None
 
     def _routed(self, hidden_TC: Tensor, weights_TN: Tensor, is_chosen_TN: Tensor) -> Tensor:
-        """The weighted sum of each token's experts, as far as they are on this rank; [T, C]."""
+        """The weighted sum of each token's experts, as far as they are on this rank; [T, C], fp32."""
         num_tokens, num_experts = is_chosen_TN.shape
         expert_of_TK = is_chosen_TN.nonzero()[:, 1].view(num_tokens, -1)  # of a token by number
         num_chosen = expert_of_TK.shape[1]
         by_expert = expert_of_TK.flatten().argsort(stable=True)
         token = by_expert // num_chosen
         input_, weights = hidden_TC[token], weights_TN[token, expert_of_TK.flatten()[by_expert]]
-        output = torch.zeros_like(input_)
+        output_SRC: Tensor | None = None  # S slices, or one
         end = 0
         for number, count in enumerate(torch.bincount(expert_of_TK.flatten(), minlength=num_experts).tolist()):
             rows, end = slice(end, end + count), end + count
             if count and (local := number - self.local_expert_indices[0]) in range(self.num_local_experts):
                 expert = self.experts.local_experts[local]
-                output[rows] = self._computed(expert, input_[rows], weights[rows, None])
-        output_TKC = torch.empty_like(output)
-        output_TKC[by_expert] = output
-        output_TKC = output_TKC.view(num_tokens, num_chosen, -1)
-        summed_TC = output_TKC[:, 0].float()
+                parts = self._computed(expert, input_[rows], weights[rows, None])
+                if output_SRC is None:
+                    output_SRC = parts[0].new_zeros(len(parts), *input_.shape)
+                for slice_number, part in enumerate(parts):
+                    output_SRC[slice_number, rows] = part
+        if output_SRC is None:  # all of the batch's experts are on other ranks
+            return torch.zeros_like(hidden_TC, dtype=torch.float32)
+        output_SRC = torch.empty_like(output_SRC).index_copy_(1, by_expert, output_SRC)
+        output_STKC = output_SRC.unflatten(1, (num_tokens, num_chosen))
+        summed_STC = output_STKC[:, :, 0].float()
         for k in range(1, num_chosen):
-            summed_TC = summed_TC + output_TKC[:, k]
-        return summed_TC.to(hidden_TC.dtype)
+            summed_STC = summed_STC + output_STKC[:, :, k]
+        return tree_sum(summed_STC.unbind())
 
-    def _computed(self, expert: MLP, input_: Tensor, weight: Tensor) -> Tensor:
-        """One expert's output for some tokens, times their weights."""
+    def _computed(self, expert: MLP, input_: Tensor, weight: Tensor) -> list[Tensor]:
+        """One expert's output for some tokens, times their weights; of each slice, where its second layer has any."""
         hidden, bias = expert.linear_fc1(input_)
         activated = self._activated(hidden if bias is None else hidden + bias)
-        output, bias = expert.linear_fc2((activated * weight).to(activated.dtype))
-        return output if bias is None or not self.adds_biases else output + (bias * weight).to(output.dtype)
+        weighted = (activated * weight).to(activated.dtype)
+        if self.has_slices:
+            packed = expert.linear_fc2.forward
+            outputs, bias = packed.multiply.slice_sums(weighted), packed.returned_bias_O
+        else:
+            output, bias = expert.linear_fc2(weighted)
+            outputs = [output]
+        if bias is not None and self.adds_biases:
+            outputs[0] = outputs[0] + (bias * weight).to(outputs[0].dtype)
+        return outputs
 
     def _activated(self, hidden: Tensor) -> Tensor:
         config = self.config

@@ -8,10 +8,11 @@ Shapes: T tokens, K key/value heads, G query heads per key/value head, H = K * G
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -19,9 +20,11 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_medha.core.model_spec import ModelSpec
+from megatron_medha.kernels.linear.sliced_linear import tree_sum
 from megatron_medha.model.attention import attend
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.rotary import Rotation, rotate
+from megatron_medha.parallel.tp_all_reduce import tree_all_reduce
 
 
 class GeneralTransformerLayer(TransformerLayer):
@@ -168,13 +171,20 @@ class WideNorm(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(num_heads // tp_group.size() * hidden_size))
         self.eps, self._size, self._tp_group = eps, num_heads * hidden_size, tp_group
+        self.num_ranks: int = tp_group.size()
+        self.num_slices = 1  # of the numbers here, added up in a binary tree; see virtual_tp.py
+        # What sums a tensor over the ranks, in place; None: there is one.
+        self.sum_over_tp: Callable[[Tensor], object] | None = None
+        if self.num_ranks > 1:
+            self.sum_over_tp = partial(tree_all_reduce, tp_group)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H, D] -> the same shape; computed in fp32."""
         flat = x.flatten(-2).float()
-        squares = flat.square().sum(-1, keepdim=True)
-        if self._tp_group.size() > 1:
-            dist.all_reduce(squares, group=self._tp_group)
+        squares = tree_sum(flat.square().unflatten(-1, (self.num_slices, -1)).sum(-1).split(1, dim=-1))
+        if self.sum_over_tp is not None:
+            squares = squares.contiguous()
+            self.sum_over_tp(squares)
         normed = flat * torch.rsqrt(squares / self._size + self.eps)
         return (normed * self.weight.float()).to(x.dtype).view_as(x)
 

@@ -34,11 +34,13 @@ def check_weight_dtype(name: str, *, dtype: torch.dtype) -> None:
         raise ConfigError(f"model.weight_dtype={name}: cannot be had here: {error}") from error
 
 
-def int8_linear(weight_OI: Tensor, bias_O: Tensor | None, group: dist.ProcessGroup | None = None) -> NativeLinear:
+def int8_linear(
+    weight_OI: Tensor, bias_O: Tensor | None, group: dist.ProcessGroup | None = None, *, num_slices: int = 1
+) -> NativeLinear:
     """A layer over a rounded copy of a bf16 weight, with a scale per output.
 
     group: of the ranks that hold the other inputs of the same outputs. They agree on the scales, so that the layer is
-    the same one at any degree of tensor parallelism.
+    the same one at any degree of tensor parallelism. num_slices: see NativeLinear.
     """
     largest_O = weight_OI.abs().amax(dim=1).float()
     if group is not None:
@@ -48,13 +50,14 @@ def int8_linear(weight_OI: Tensor, bias_O: Tensor | None, group: dist.ProcessGro
     for first in range(0, len(weight_OI), _SLICE_OUTPUTS):
         part = slice(first, first + _SLICE_OUTPUTS)
         rounded_OI[part] = (weight_OI[part].float() / scale_O[part, None]).round_()
-    return NativeLinear(rounded_OI, bias_O, scale=scale_O)
+    return NativeLinear(rounded_OI, bias_O, scale=scale_O, num_slices=num_slices)
 
 
-def int4_linear(weight_OI: Tensor, bias_O: Tensor | None) -> NativeLinear:
+def int4_linear(weight_OI: Tensor, bias_O: Tensor | None, *, num_slices: int = 1) -> NativeLinear:
     """A layer over a rounded copy of a bf16 weight, with a scale for each 32 inputs of an output.
 
-    It is the same one at any degree of tensor parallelism that divides the inputs by a multiple of 32.
+    It is the same one at any degree of tensor parallelism that divides the inputs by a multiple of 32. num_slices: see
+    NativeLinear.
     """
     num_outputs, num_inputs = weight_OI.shape
     rounded_OI = torch.empty(weight_OI.shape, dtype=torch.int8)
@@ -64,7 +67,7 @@ def int4_linear(weight_OI: Tensor, bias_O: Tensor | None) -> NativeLinear:
         padded_OI = F.pad(weight_OI[part].float(), (0, -num_inputs % INT4_GROUP))
         rounded_OGI, scale_OG[part] = _int4_groups(padded_OI.unflatten(1, (-1, INT4_GROUP)))
         rounded_OI[part] = rounded_OGI.flatten(1)[:, :num_inputs]
-    return NativeLinear(rounded_OI, bias_O, scale=scale_OG)
+    return NativeLinear(rounded_OI, bias_O, scale=scale_OG, num_slices=num_slices)
 
 
 def _int4_groups(weight_OGI: Tensor) -> tuple[Tensor, Tensor]:

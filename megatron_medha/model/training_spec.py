@@ -2,8 +2,8 @@
 
 What rounds is computed by the server's own kernels: linear layers, norms, activation and attention. Gradients are
 those of torch's operations at the same inputs. Llama-like models and those that have experts besides, on a CPU, without
-tensor parallelism. Weights are
-packed for the kernels again in each forward pass, as an optimizer changes them.
+tensor parallelism; a server's may have any with the same model.virtual_tp. Weights are packed for the kernels again in
+each forward pass, as an optimizer changes them.
 
 Shapes: S sequence length, B sequences, H query heads, K key/value heads, D head dim, I inputs, O outputs.
 """
@@ -40,18 +40,20 @@ from megatron_medha.model.experts import ExpertsLayer
 from megatron_medha.model.layer import MedhaTransformerLayer
 from megatron_medha.model.logprobs import row_logsumexp
 from megatron_medha.model.native_parts import pack_routers, use_native_parts
-from megatron_medha.model.packed_linear import MakeLinear, linear_kernel, pack_linears
+from megatron_medha.model.packed_linear import MakeLinear, linear_kernel, pack_linears, sliced
 from megatron_medha.models.model_config import ModelConfig
+from megatron_medha.models.virtual_tp import virtual_tp_of
 from megatron_medha.parallel.groups import build_groups
 
 _BLOCK_SIZE = NativeAttention.block_size
 _REPLACED = ("forward", "gating", "routing", "_activated")  # by the functions that put kernels into a model
 
 
-def training_block_spec(config: ModelConfig) -> TransformerBlockSubmodules:
+def training_block_spec(config: ModelConfig, virtual_tp: int = 1) -> TransformerBlockSubmodules:
     """The decoder layers of a GPTModel, and its last norm; its output layer: `use_served_output`.
 
-    Raises ConfigError for models and machines on which the server computes something else.
+    virtual_tp: the server's slices of row-parallel layers (virtual_tp.py), not auto; weights in the dtype they are
+    served in. Raises ConfigError for models and machines on which the server computes something else.
     """
     if others := [trait for trait in config.traits if trait != "experts"]:
         raise ConfigError(
@@ -63,16 +65,22 @@ def training_block_spec(config: ModelConfig) -> TransformerBlockSubmodules:
         native_library()
     except NativeUnavailable as error:
         raise ConfigError(f"the training spec needs the CPU kernels: {error}") from error
+    virtual_tp_of(str(virtual_tp), config, tp=1)
+    if virtual_tp > 1 and config.experts is not None:
+        raise ConfigError(f"model.virtual_tp={virtual_tp}: the training spec has no experts in slices; use 1")
+    column, row = (
+        ModuleSpec(module=kind, params={"virtual_tp": virtual_tp}) for kind in (ServedColumnLinear, ServedRowLinear)
+    )
     layer = llama_layer_spec(config, torch.device("cpu"))
     layer.module = TrainingLayer
     parts, attention = layer.submodules, layer.submodules.self_attention
     parts.input_layernorm = parts.pre_mlp_layernorm = ServedNorm
     attention.module = TrainingSelfAttention
     attention.submodules.core_attention = ServedCoreAttention
-    attention.submodules.linear_qkv, attention.submodules.linear_proj = ServedColumnLinear, ServedRowLinear
+    attention.submodules.linear_qkv, attention.submodules.linear_proj = column, row
     if config.has_qk_norm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = ServedNorm
-    parts.mlp.submodules.linear_fc1, parts.mlp.submodules.linear_fc2 = ServedColumnLinear, ServedRowLinear
+    parts.mlp.submodules.linear_fc1, parts.mlp.submodules.linear_fc2 = column, row
     layers = [layer] * config.num_layers
     if config.experts is not None:
         routed = copy.deepcopy(layer)
@@ -82,10 +90,11 @@ def training_block_spec(config: ModelConfig) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=ServedNorm)
 
 
-def use_served_output(model: GPTModel) -> None:
-    """Have the output layer, which no spec has a say in, computed by the server's kernel; for good."""
+def use_served_output(model: GPTModel, virtual_tp: int = 1) -> None:
+    """Have the output layer, which no spec has a say in, computed by the server's kernel; for good. As the spec's."""
     assert type(model.output_layer) is ColumnParallelLinear, type(model.output_layer)
     model.output_layer.__class__ = ServedColumnLinear  # the same parameters, another forward
+    model.output_layer.virtual_tp = virtual_tp
 
 
 def served_logprobs(logits_TV: Tensor, token_ids_T: Tensor) -> Tensor:
@@ -124,19 +133,19 @@ class _ServedLinear(torch.autograd.Function):
     """The same of a linear layer, whose gradients need no second forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, input_: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def forward(ctx: Any, make: MakeLinear, input_: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(input_, weight_OI)
-        output: Tensor = _linear_maker(weight_OI.dtype)(weight_OI.detach(), bias_O)(input_.detach().contiguous())
-        return output
+        return make(weight_OI.detach(), bias_O)(input_.detach().contiguous())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         input_, weight_OI = ctx.saved_tensors
         of_rows_RO = gradient.flatten(0, -2)
         return (
+            None,
             gradient @ weight_OI,
             of_rows_RO.t() @ input_.flatten(0, -2),
-            of_rows_RO.sum(dim=0) if ctx.needs_input_grad[2] else None,
+            of_rows_RO.sum(dim=0) if ctx.needs_input_grad[3] else None,
         )
 
 
@@ -152,6 +161,11 @@ def _linear_maker(dtype: torch.dtype) -> MakeLinear:
 class ServedColumnLinear(ColumnParallelLinear):
     """A linear layer in the server's bits."""
 
+    def __init__(self, *args: Any, virtual_tp: int, **options: Any) -> None:
+        """virtual_tp: see training_block_spec."""
+        super().__init__(*args, **options)
+        self.virtual_tp = virtual_tp
+
     def forward(self, input_: Tensor, weight: Tensor | None = None, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """[..., I] -> ([..., O], no bias: it is added). weight: of a tied output layer."""
         return _multiplied(self, input_, weight)
@@ -160,17 +174,26 @@ class ServedColumnLinear(ColumnParallelLinear):
 class ServedRowLinear(RowParallelLinear):
     """The same where outputs would be summed over ranks."""
 
+    def __init__(self, *args: Any, virtual_tp: int, **options: Any) -> None:
+        """virtual_tp: see training_block_spec."""
+        super().__init__(*args, **options)
+        self.virtual_tp = virtual_tp
+
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., I] -> ([..., O], no bias: it is added)."""
         return _multiplied(self, input_, None)
 
 
 def _multiplied(
-    layer: ColumnParallelLinear | RowParallelLinear, input_: Tensor, weight: Tensor | None
+    layer: ServedColumnLinear | ServedRowLinear, input_: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     if get_pg_size(layer.tp_group) > 1:
         raise ConfigError("the training spec has no tensor parallelism: its sums would have other bits")
-    return _ServedLinear.apply(input_, layer.weight if weight is None else weight, layer.bias), None
+    weight = layer.weight if weight is None else weight
+    make = _linear_maker(weight.dtype)
+    if layer.virtual_tp > 1:
+        make = sliced(make, layer, layer.virtual_tp)
+    return _ServedLinear.apply(make, input_, weight, layer.bias), None
 
 
 class ServedNorm(torch.nn.RMSNorm):

@@ -14,6 +14,7 @@ from megatron_medha.kernels.attention.native_attention import NativeAttention
 from megatron_medha.kernels.linear.native_experts import NativeExperts, RoutedExpert, RouterOptions
 from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.linear.native_pointwise import NativeActivation
+from megatron_medha.kernels.linear.sliced_linear import tree_sum
 
 NUM_EXPERTS, HIDDEN = 12, 72
 GROUPED = {"is_sigmoid": True, "num_groups": 4, "num_chosen_groups": 2, "weight_scale": 2.5, "num_chosen": 4}
@@ -43,10 +44,11 @@ class Layer:
     def __init__(
         self, target: str, *, ffn_size: int = 40, has_biases: bool = False, is_int8: bool = False,
         kind: str = "silu", has_gate: bool = True, clamp: float | None = None, gate_offset: float = 0.0,
-        has_choice_bias: bool = False, **options: Any,
+        has_choice_bias: bool = False, num_slices: int = 1, **options: Any,
     ) -> None:  # fmt: skip
         torch.manual_seed(3)
         self.target, self.is_int8 = target, is_int8
+        self.weights: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
         self.activation = NativeActivation(
             kind, has_gate=has_gate, clamp=clamp, gate_offset=gate_offset, target=target
         )
@@ -56,7 +58,8 @@ class Layer:
         self.choice_bias_N = torch.randn(NUM_EXPERTS) if has_choice_bias else None
         self.parts = [
             RoutedExpert(
-                self._linear(ffn_size * (1 + has_gate), HIDDEN, has_biases), self._linear(HIDDEN, ffn_size, False),
+                self._linear(ffn_size * (1 + has_gate), HIDDEN, has_biases),
+                self._linear(HIDDEN, ffn_size, False, num_slices),
                 torch.randn(HIDDEN).bfloat16() if has_biases else None,
             )
             for _ in range(NUM_EXPERTS)
@@ -69,12 +72,36 @@ class Layer:
             target=self.target, **options,
         )  # fmt: skip
 
-    def _linear(self, num_outputs: int, num_inputs: int, has_bias: bool) -> NativeLinear:
+    def _linear(self, num_outputs: int, num_inputs: int, has_bias: bool, num_slices: int = 1) -> NativeLinear:
         bias_O = torch.randn(num_outputs).bfloat16() if has_bias else None
+        weight_OI, scale_O = (torch.randn(num_outputs, num_inputs) / 8).bfloat16(), None
         if self.is_int8:
             weight_OI = torch.randint(-127, 128, (num_outputs, num_inputs), dtype=torch.int8)
-            return NativeLinear(weight_OI, bias_O, self.target, scale=torch.rand(num_outputs) / 1000)
-        return NativeLinear((torch.randn(num_outputs, num_inputs) / 8).bfloat16(), bias_O, self.target)
+            scale_O = torch.rand(num_outputs) / 1000
+        made = NativeLinear(weight_OI, bias_O, self.target, scale=scale_O, num_slices=num_slices)
+        self.weights[id(made)] = weight_OI, bias_O, scale_O
+        return made
+
+    def share(self, rank: int, tp: int, num_slices: int) -> NativeExperts:
+        """What a tensor-parallel rank has of each expert."""
+        parts: list[RoutedExpert | None] = []
+        for expert in self.parts:
+            up_OI, bias_O, up_scale_O = self.weights[id(expert.up)]
+            down_OI, _, down_scale_O = self.weights[id(expert.down)]
+            halves = 1 + self.activation.has_gate
+            up_OI, bias_O, up_scale_O = (
+                None if x is None else torch.cat([half.chunk(tp)[rank] for half in x.chunk(halves)])
+                for x in (up_OI, bias_O, up_scale_O)
+            )
+            down_OI = down_OI.chunk(tp, dim=1)[rank]
+            parts.append(
+                RoutedExpert(
+                    NativeLinear(up_OI, bias_O, self.target, scale=up_scale_O),
+                    NativeLinear(down_OI, None, self.target, scale=down_scale_O, num_slices=num_slices // tp),
+                    expert.down_bias_C,
+                )
+            )
+        return self.made(parts, adds_biases=rank == 0)
 
     def chosen(self, hidden_TC: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of each token's experts by number, and which they are, by Megatron's router."""
@@ -194,3 +221,17 @@ def test_what_does_not_fit_is_refused(native: NativeAttention) -> None:
         layer.made(layer.parts[1:])
     with pytest.raises(ValueError, match="an expert of"):
         layer.made([layer.parts[0], RoutedExpert(layer.parts[1].down, layer.parts[1].up), *layer.parts[2:]])
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_sums_of_ranks_with_some_slices_each_have_the_bits_of_one_rank(native: NativeAttention, name: str) -> None:
+    """A token's experts are added up in each slice, then the slices in a tree."""
+    layer = Layer(native.target, **PARTS[name], num_slices=4)
+    for num_tokens in (1, 5, 60):
+        hidden_TC = hidden_states(num_tokens)
+        expected = layer.together(hidden_TC)
+        assert (expected.float() - layer.one_by_one(hidden_TC).float()).norm() < 0.02 * expected.float().norm()
+        for tp in (1, 2, 4):
+            shares = [layer.share(rank, tp, 4) for rank in range(tp)]
+            sums = tree_sum([share.sums(hidden_TC) for share in shares])
+            assert torch.equal(sums.bfloat16(), expected), (num_tokens, tp)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import pytest
 import torch
 from native_targets import native_of
@@ -9,6 +12,7 @@ from native_targets import native_of
 from megatron_medha.kernels.attention.native_attention import NativeAttention
 from megatron_medha.kernels.linear import native_linear
 from megatron_medha.kernels.linear.native_linear import NativeLinear
+from megatron_medha.kernels.linear.sliced_linear import tree_sum
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 12, 13, 100, 300])
@@ -136,3 +140,52 @@ def test_layers_keep_their_weights_while_others_are_made_and_dropped(monkeypatch
     assert len(more) == 9
     assert all(torch.equal(layer(input_TI), output) for layer, output in zip(layers, expected))
     assert all(layer.weight.values % 64 == 0 for layer in layers)
+
+
+def sliced_parts(
+    kind: str, num_outputs: int, num_inputs: int, num_slices: int, target: str
+) -> Callable[[int], list[NativeLinear]]:
+    """The same random layer with a bias, shared out among so many ranks, each with its slices."""
+    bias_O, scale = torch.randn(num_outputs).bfloat16(), torch.rand(num_outputs) / 100
+    weight_OI = torch.randn(num_outputs, num_inputs).bfloat16()
+    if kind == "int8":
+        weight_OI = torch.randint(-127, 128, (num_outputs, num_inputs), dtype=torch.int8)
+    elif kind == "int4":
+        weight_OI, scale = int4_weight(num_outputs, num_inputs)
+
+    def parts(tp: int) -> list[NativeLinear]:
+        scales = {"bf16": [None] * tp, "int8": [scale] * tp, "int4": scale.chunk(tp, dim=-1)}[kind]
+        return [
+            NativeLinear(part_OI, bias_O, target, scale=of_part, num_slices=num_slices // tp)
+            for part_OI, of_part in zip(weight_OI.chunk(tp, dim=1), scales, strict=True)
+        ]
+
+    return parts
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_sums_of_ranks_slices_added_up_in_a_tree_have_the_bits_of_one_rank(native: NativeAttention, kind: str) -> None:
+    rng = random.Random(kind)
+    for _ in range(6):
+        num_slices, num_outputs = rng.choice((2, 4, 8)), rng.choice((1, 64, 130, 200))
+        num_inputs = num_slices * (32 * rng.randint(1, 9) if kind == "int4" else rng.randint(1, 300))
+        parts = sliced_parts(kind, num_outputs, num_inputs, num_slices, native.target)
+        (whole,) = parts(1)
+        input_TI = torch.randn(300, num_inputs).bfloat16()
+        expected = whole(input_TI)
+        if kind != "int8":  # whose slices are scaled already
+            assert torch.equal(whole.finished(tree_sum(whole.slice_sums(input_TI))), expected)
+        for tp in (1, 2, 4, 8)[: num_slices.bit_length()]:
+            ranks = parts(tp)
+            for num_rows in (1, rng.randint(2, 20), rng.randint(21, 299)):
+                inputs = input_TI[:num_rows].chunk(tp, dim=1)
+                sums = tree_sum([part.sums(x) for part, x in zip(ranks, inputs, strict=True)])
+                assert torch.equal(ranks[-1].finished(sums), expected[:num_rows]), (num_inputs, tp, num_rows)
+
+
+def test_a_number_of_slices_that_does_not_divide_the_inputs_is_refused(native: NativeAttention) -> None:
+    with pytest.raises(ValueError, match="4 slices of 34 inputs"):
+        NativeLinear(torch.zeros(4, 34, dtype=torch.bfloat16), None, native.target, num_slices=4)
+    weight_OI, scale_OG = int4_weight(4, 96)
+    with pytest.raises(ValueError, match="2 slices of 96 inputs: each must be a multiple of 32"):
+        NativeLinear(weight_OI, None, native.target, scale=scale_OG, num_slices=2)

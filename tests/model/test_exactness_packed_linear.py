@@ -149,3 +149,12 @@ def test_a_layer_with_native_passes_computes_what_it_did_before(dtype: torch.dty
         # Torch's bf16 activation rounds twice, the native one once; sums of 96 such products cancel in part.
         tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * plain.abs().max()
         assert (plain.float() - native.float()).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("num_inputs", [64, 1000, 1024, 1025, 1376, 2048, 5000])
+def test_in_fp32_a_row_has_the_same_bits_whatever_rows_are_beside_it(num_inputs: int) -> None:
+    linear, input_T1I = OneDnnLinear(torch.randn(130, num_inputs), None), torch.randn(70, 1, num_inputs)
+    whole = linear(input_T1I)
+    for num_rows in (1, 2, 3, 8, 33, 64):
+        assert torch.equal(linear(input_T1I[5 : 5 + num_rows]), whole[5 : 5 + num_rows]), num_rows
+    assert linear(input_T1I[0, 0]).shape == (130,)

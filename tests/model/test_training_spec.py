@@ -72,10 +72,11 @@ def pgs() -> Iterator[MedhaPGs]:
         yield build_groups(ParallelLayout())
 
 
-def trained(config: ModelConfig, dtype: torch.dtype, pgs: MedhaPGs) -> GPTModel:
+def trained(config: ModelConfig, dtype: torch.dtype, pgs: MedhaPGs, virtual_tp: int = 1) -> GPTModel:
     """A model to train, with random weights."""
-    model = build_model(config, dtype=dtype, device=CPU, pgs=pgs, block_spec=training_block_spec(config))
-    use_served_output(model)
+    spec = training_block_spec(config, virtual_tp)
+    model = build_model(config, dtype=dtype, device=CPU, pgs=pgs, block_spec=spec)
+    use_served_output(model, virtual_tp)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -110,10 +111,10 @@ def prompts() -> torch.Tensor:
     return torch.randint(0, 300, (3, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def served_logits(model: GPTModel, config: ModelConfig) -> torch.Tensor:
+def served_logits(model: GPTModel, config: ModelConfig, virtual_tp: int = 1) -> torch.Tensor:
     """In chunks, beside others and token by token; [B, S, V]."""
     run = PagedRun(model, config, block_size=16, num_slots=1024)
-    use_cpu_kernels(model, run.backend)
+    use_cpu_kernels(model, run.backend, virtual_tp=virtual_tp)
     model.requires_grad_(False)
     one, two, three = (run.add(token_ids) for token_ids in prompts())
     run.step([(one, 37), (two, 80)])
@@ -130,6 +131,18 @@ def test_the_forward_pass_of_training_has_the_servers_bits(kind: str, dtype: tor
     model = trained(config, dtype, pgs)
     served = served_logits(like(model, config, pgs), config)
     assert torch.equal(model(prompts(), None, None)[..., : config.vocab_size], served[..., : config.vocab_size])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_so_it_has_with_the_servers_slices(dtype: torch.dtype, pgs: MedhaPGs) -> None:
+    model = trained(CONFIG, dtype, pgs, virtual_tp=4)
+    served = served_logits(like(model, CONFIG, pgs), CONFIG, virtual_tp=4)
+    logits = model(prompts(), None, None)
+    assert torch.equal(logits[..., : CONFIG.vocab_size], served[..., : CONFIG.vocab_size])
+    logits.float().logsumexp(-1).sum().backward()  # gradients do not mind them
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    with pytest.raises(ConfigError, match="model.virtual_tp=8: must divide"):
+        training_block_spec(replace(CONFIG, ffn_hidden_size=204), 8)
 
 
 def test_after_an_update_of_the_weights_it_has_those_of_the_new_ones(pgs: MedhaPGs) -> None:

@@ -91,6 +91,7 @@ def test_a_wrong_type_is_refused_with_the_right_one(refusal: Refusal, override: 
         ("model.weight_dtype=int3", "use one of auto, int8, int4"),
         ("model.linear_backend=mkl", "use one of auto, native, onednn"),
         ("model.instruction_set=sse", "use one of auto, amx, avx512_bf16, avx512, avx2"),
+        ("model.virtual_tp=3", "use one of auto, 1, 2, 4, 8"),
     ],
 )
 def test_a_value_outside_a_closed_set_is_refused_with_the_set(refusal: Refusal, override: str, allowed: str) -> None:
@@ -200,6 +201,10 @@ def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(refusal: Refusal, override: 
 @pytest.mark.parametrize("override", ["model.linear_backend=onednn", "model.instruction_set=avx2"])
 def test_what_only_a_cpu_can_do_is_refused_on_a_gpu(refusal: Refusal, override: str) -> None:
     assert refusal("model.device=cuda", override) == f"{override}: needs model.device=cpu; use auto"
+
+
+def test_slices_are_refused_on_a_gpu(refusal: Refusal) -> None:
+    assert refusal("model.device=cuda", "model.virtual_tp=4") == "model.virtual_tp=4: needs model.device=cpu; use 1"
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])

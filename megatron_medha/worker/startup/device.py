@@ -134,4 +134,5 @@ def described(
     parts += [f"KV in {str(kv_dtype).removeprefix('torch.')}"] if kv_dtype != dtype else []
     parts += [f"FP8 linear layers ({options.fp8})"] if options.fp8 != "none" else []
     parts += [f"{options.weight_dtype} weights"] if options.weight_dtype != "auto" else []
+    parts += [f"virtual tp {options.virtual_tp}"] if options.virtual_tp != "1" else []
     return ", ".join(parts)

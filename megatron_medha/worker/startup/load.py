@@ -31,6 +31,7 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.choose_backend import attention_backend
 from megatron_medha.kernels.linear.native_decoder import NativeDecoder
+from megatron_medha.kernels.linear.native_linear import INT4_GROUP
 from megatron_medha.kernels.native_build import BUILD_S, is_built
 from megatron_medha.model.build import (
     build_model,
@@ -47,6 +48,7 @@ from megatron_medha.model.packed_linear import linear_kernels_of
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import with_end_tokens_of
+from megatron_medha.models.virtual_tp import virtual_tp_of
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed, min_over_ranks
 from megatron_medha.parallel.point_board import PointBoard
 from megatron_medha.parallel.tp_all_reduce import tp_all_reduce
@@ -124,6 +126,9 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     check_fp8(options.fp8, dtype=dtype, has_transformer_engine=transformer_engine_works(device), tp=layout.tp)
     check_weight_dtype(options.weight_dtype, dtype=dtype)
     check_layout_of(model_config, tp=layout.tp, spp=layout.spp)
+    step = INT4_GROUP if options.weight_dtype == "int4" else 1  # a scale's inputs are of one slice
+    virtual_tp = virtual_tp_of(options.virtual_tp, model_config, tp=layout.tp, step=step)
+    options = dataclasses.replace(options, virtual_tp=str(virtual_tp))
     if layout.world_size > 1:
         progress("the other ranks", 0.0)
     init_distributed(layout, config.rank, device=device, init_method=config.init_method)
@@ -247,6 +252,7 @@ def _loaded_model(
         tp_all_reduce(pgs.tp, device),
         weight_dtype=options.weight_dtype,
         linear_backend=options.linear_backend,
+        virtual_tp=int(options.virtual_tp),
     )
     return model, decoder
 
