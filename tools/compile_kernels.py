@@ -121,6 +121,7 @@ def _attention(
         "GROUP": group, "DIM": head_dim, "HEAD_DIM": dims.main, "TAIL": dims.tail, "PAGE": _PAGE,
         "BLOCK_M": tile.block_m, "BLOCK_N": block_n, "NUM_STAGES": tile.num_stages, "SPLITS": 1,
         "IS_QUANTISED": is_quantised, "HAS_TMA": tile.has_tma, **dict.fromkeys(names, False), **variant,
+        "HAS_RUNS": tile.reads_runs and not variant.get("IS_WINDOWED", False),
         "lse": None, **({} if is_quantised else {"k_scale": None, "v_scale": None}),
         **({} if variant.get("HAS_SINKS") else {"sinks": None}),
         **({} if dims.tail else {"keys_tail": None, "values_tail": None}),

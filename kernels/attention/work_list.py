@@ -7,7 +7,7 @@ Only numpy: the same lists are built and tested where there is no GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,9 @@ import numpy as np
 # Columns of an item and of a merge, in the kernels' order.
 # First row, rows, last key of the first row, step of the last key, key begin, key end, table, part, lowest key of the
 # first row.
-ITEM_COLUMNS = 9
+# Tenth: where the keys' blocks follow one another, the first of them less its place in the sequence; else NO_RUN.
+ITEM_COLUMNS = 10
+RUN_COLUMN, NO_RUN = 9, -(1 << 31)
 MERGE_COLUMNS = 4  # first row, rows, first part, parts
 
 # What an item costs besides its key blocks (prologue, writing its partial result), in key blocks of 64: a guess from
@@ -102,7 +104,8 @@ def work_list(
     part = np.where(is_cut[tile], first_part[tile] + split, -1)
     items = np.stack(
         (
-            first_row[tile], rows[tile], last_key[tile], step[tile], begin, end, sequence[tile], part, lowest_key[tile]
+            first_row[tile], rows[tile], last_key[tile], step[tile], begin, end, sequence[tile], part, lowest_key[tile],
+            np.full(len(tile), NO_RUN),
         ),
         axis=1,
     )  # fmt: skip
@@ -116,6 +119,20 @@ def work_list(
         _makespan(np.sort(item_blocks)[::-1], num_programs / num_kv_heads),
         is_windowed,
     )
+
+
+def note_runs(work: WorkList, runs: Mapping[int, np.ndarray], block_size: int) -> None:
+    """Fill in the last column of items whose keys lie in one run. runs: SlotTable.runs_in_order by the item's table."""
+    for table, runs_R2 in runs.items():
+        if not len(runs_R2):
+            continue
+        of_table = np.flatnonzero(work.items_NI[:, 6] == table)
+        begin, end = work.items_NI[of_table, 4], work.items_NI[of_table, 5]
+        last = np.maximum(end - 1, begin)
+        run, last_run = (np.searchsorted(runs_R2[:, 0], key, "right") - 1 for key in (begin, last))
+        first_token, first_slot = runs_R2[run].T
+        is_one = run == last_run
+        work.items_NI[of_table[is_one], RUN_COLUMN] = ((first_slot - first_token) // block_size)[is_one]
 
 
 def _tiles(table_R6: np.ndarray, tokens_per_tile: int, is_windowed: bool) -> np.ndarray:

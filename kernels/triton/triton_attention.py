@@ -36,6 +36,7 @@ class TileConfig:
     num_stages: int
     has_tma: bool = False  # keys and values by the tensor memory accelerator (Hopper and later), not by cp.async
     max_registers: int | None = None  # of a thread; where the compiler would spill to fit one program more
+    reads_runs: bool = False  # items whose blocks follow one another have a loop of their own, which looks up none
     programs_per_sm: int = 1  # that run at once, for cutting the work; measured occupancy, not a wish
 
     @property
@@ -68,11 +69,11 @@ def _loaded(
 
 @triton.jit
 def _blend(
-    acc_RD, acc_RE, sum_R, max_R, unit, q_RD, q_RE, keys, values, keys_tail, values_tail, k_scale, v_scale, table, n,
-    last_key_R, lowest_key_R, head, num_kv_heads, scale_log2, cap_log2,
+    acc_RD, acc_RE, sum_R, max_R, unit, q_RD, q_RE, keys, values, keys_tail, values_tail, k_scale, v_scale, table, run,
+    n, last_key_R, lowest_key_R, head, num_kv_heads, scale_log2, cap_log2,
     IS_MASKED: tl.constexpr, IS_WINDOWED: tl.constexpr, IS_CAPPED: tl.constexpr, IS_QUANTISED: tl.constexpr,
-    HAS_TMA: tl.constexpr, ARE_VALUES_KEYS: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
-    DIM: tl.constexpr, TAIL: tl.constexpr,
+    HAS_TMA: tl.constexpr, ARE_VALUES_KEYS: tl.constexpr, IN_RUN: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr, DIM: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys and values into the running softmax. n: its first key, a multiple of BLOCK_N.
 
@@ -80,7 +81,7 @@ def _blend(
     acc_RE, q_RE, keys_tail, values_tail: the last numbers of a head dim that is no power of two, where TAIL > 0.
     """
     HEAD_DIM: tl.constexpr = q_RD.shape[1]
-    block = tl.load(table + n // PAGE).to(tl.int64)
+    block = (run + n // PAGE if IN_RUN else tl.load(table + n // PAGE)).to(tl.int64)
     first_slot = (block * num_kv_heads + head) * PAGE + n % PAGE
     k_ND = _loaded(keys, first_slot, HAS_TMA, BLOCK_N, DIM, 0, HEAD_DIM)
     v_ND = k_ND if ARE_VALUES_KEYS else _loaded(values, first_slot, HAS_TMA, BLOCK_N, DIM, 0, HEAD_DIM)
@@ -135,14 +136,14 @@ def attention_kernel(
     GROUP: tl.constexpr, DIM: tl.constexpr, HEAD_DIM: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, SPLITS: tl.constexpr,
     IS_QUANTISED: tl.constexpr, IS_WINDOWED: tl.constexpr, IS_CAPPED: tl.constexpr, ARE_VALUES_KEYS: tl.constexpr,
-    HAS_TMA: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
+    HAS_RUNS: tl.constexpr, HAS_TMA: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """Program (item, head): a tile over a range of its keys, into out or into a part.
 
     SPLITS: programs that share the queries of a key/value head, GROUP of them each; `head` counts these.
     DIM: the head dim; HEAD_DIM: the largest power of two in it; TAIL: one that holds the rest, or 0.
     """
-    item = items + tl.program_id(0) * 9  # ITEM_COLUMNS
+    item = items + tl.program_id(0) * 10  # ITEM_COLUMNS
     head = tl.program_id(1)
     kv_head = head // SPLITS
     num_heads = num_kv_heads * SPLITS
@@ -152,7 +153,7 @@ def attention_kernel(
     first_last_key, step = tl.load(item + 2), tl.load(item + 3)
     key_begin, key_end = tl.load(item + 4), tl.load(item + 5)
     table = block_tables + tl.load(item + 6).to(tl.int64) * table_width
-    part = tl.load(item + 7)
+    part, run = tl.load(item + 7), tl.load(item + 9)
 
     row_R = tl.arange(0, BLOCK_M)
     token_R = row_R // GROUP
@@ -187,19 +188,31 @@ def attention_kernel(
     seen_by_all = key_begin
     if not IS_WINDOWED:  # with one, few blocks are seen by all rows: all are masked, in one loop
         seen_by_all = tl.minimum(key_end, (first_last_key + 1) // BLOCK_N * BLOCK_N)
-        for n in tl.range(key_begin, seen_by_all, BLOCK_N, num_stages=NUM_STAGES):
+        begin = key_begin
+        if HAS_RUNS:  # noqa: SIM102  # a constant
+            if run != -2147483648:  # NO_RUN
+                # No block is looked up, which takes levels of the pipeline: the next keys are on their way with two
+                # buffers, too. With three, shared memory is 16 bytes short of two programs of the first tile.
+                for n in tl.range(key_begin, seen_by_all, BLOCK_N, num_stages=NUM_STAGES - 3):
+                    acc_RD, acc_RE, sum_R, max_R, unit = _blend(
+                        acc_RD, acc_RE, sum_R, max_R, unit, q_RD, q_RE, keys, values, keys_tail, values_tail, k_scale,
+                        v_scale, table, run, n, last_key_R, lowest_key_R, kv_head, num_kv_heads, scale_log2, cap_log2,
+                        False, False, IS_CAPPED, IS_QUANTISED, HAS_TMA, ARE_VALUES_KEYS, True, BLOCK_N, PAGE, DIM, TAIL,
+                    )  # fmt: skip
+                begin = seen_by_all
+        for n in tl.range(begin, seen_by_all, BLOCK_N, num_stages=NUM_STAGES):
             acc_RD, acc_RE, sum_R, max_R, unit = _blend(
                 acc_RD, acc_RE, sum_R, max_R, unit, q_RD, q_RE, keys, values, keys_tail, values_tail, k_scale, v_scale,
-                table, n, last_key_R, lowest_key_R, kv_head, num_kv_heads, scale_log2, cap_log2,
-                False, False, IS_CAPPED, IS_QUANTISED, HAS_TMA, ARE_VALUES_KEYS, BLOCK_N, PAGE, DIM, TAIL,
+                table, run, n, last_key_R, lowest_key_R, kv_head, num_kv_heads, scale_log2, cap_log2,
+                False, False, IS_CAPPED, IS_QUANTISED, HAS_TMA, ARE_VALUES_KEYS, False, BLOCK_N, PAGE, DIM, TAIL,
             )  # fmt: skip
     for n in tl.range(
         tl.maximum(key_begin, seen_by_all), key_end, BLOCK_N, num_stages=NUM_STAGES if IS_WINDOWED else 1
     ):
         acc_RD, acc_RE, sum_R, max_R, unit = _blend(
             acc_RD, acc_RE, sum_R, max_R, unit, q_RD, q_RE, keys, values, keys_tail, values_tail, k_scale, v_scale,
-            table, n, last_key_R, lowest_key_R, kv_head, num_kv_heads, scale_log2, cap_log2,
-            True, IS_WINDOWED, IS_CAPPED, IS_QUANTISED, HAS_TMA, ARE_VALUES_KEYS, BLOCK_N, PAGE, DIM, TAIL,
+            table, run, n, last_key_R, lowest_key_R, kv_head, num_kv_heads, scale_log2, cap_log2,
+            True, IS_WINDOWED, IS_CAPPED, IS_QUANTISED, HAS_TMA, ARE_VALUES_KEYS, False, BLOCK_N, PAGE, DIM, TAIL,
         )  # fmt: skip
 
     kept_R = tl.full([BLOCK_M], 1.0, tl.float32) * unit
@@ -335,7 +348,8 @@ def paged_attention(
         GROUP=group, DIM=head_dim, HEAD_DIM=dims.main, TAIL=dims.tail, PAGE=kv.block_size, BLOCK_M=config.block_m,
         BLOCK_N=block_n, NUM_STAGES=config.num_stages, SPLITS=num_kv_heads // num_pool_heads,
         IS_QUANTISED=is_quantised, IS_WINDOWED=work.is_windowed, IS_CAPPED=score_cap is not None,
-        ARE_VALUES_KEYS=are_values_keys, HAS_TMA=has_tma, HAS_SINKS=sinks_H is not None,
+        ARE_VALUES_KEYS=are_values_keys, HAS_RUNS=config.reads_runs and not work.is_windowed,
+        HAS_TMA=has_tma, HAS_SINKS=sinks_H is not None,
         HAS_LSE=lse_TKG is not None, num_warps=config.num_warps, maxnreg=config.max_registers,
     )  # fmt: skip
     return parts if work.num_parts else None

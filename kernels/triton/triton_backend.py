@@ -25,6 +25,7 @@ from megatron_medha.kernels.attention.work_list import (
     NUM_WAVES_TRIED,
     RowRange,
     WorkList,
+    note_runs,
     work_list,
 )
 from megatron_medha.kernels.kv.block_tables import BlockTables
@@ -209,6 +210,7 @@ class TritonAttention(AttentionBackend):
         places, blocks = self.tables.news(r.table for r in ranges)
         chunks, decodes = [], []
         wide: list[WideSegment] = []
+        runs: dict[int, np.ndarray] = {}
         for found in ranges:
             first_row, num_rows, start, table, is_written, *_ = found
             # Rows of another rank's shard see all that lies in this one, whatever their own order.
@@ -219,11 +221,15 @@ class TritonAttention(AttentionBackend):
                 wide += wide_segments(rows, start, self._block_size, partial(self._cut, tile=self._prefill_tile))
             else:
                 (decodes if num_rows == 1 else chunks).append(rows)
+                if num_rows > 1 and self._prefill_tile.reads_runs:
+                    runs[row] = table.runs_in_order()
         slots_T, pieces_W4 = self._writes(ranges)
+        chunk_work = self._cut(chunks, self._prefill_tile)
+        note_runs(chunk_work, runs, self._block_size)
         return HostPlan(
             slots_T=slots_T,
             pieces_W4=pieces_W4,
-            chunks=self._cut(chunks, self._prefill_tile),
+            chunks=chunk_work,
             decodes=self._cut(decodes, self._decode_tile),
             places=places,
             blocks=blocks,

@@ -18,9 +18,9 @@ from megatron_medha.kernels.triton.triton_attention import TileConfig
 # For chunks. Each is tried when a rank is loaded (worker/startup/attention_trials.py); the first is used where nothing
 # is. The last has no tensor maps.
 PREFILL_TILES = (
-    TileConfig(block_m=64, block_n=64, num_warps=4, num_stages=5, has_tma=True, programs_per_sm=2),
-    TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=5, has_tma=True),
-    TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=5),
+    TileConfig(block_m=64, block_n=64, num_warps=4, num_stages=5, has_tma=True, reads_runs=True, programs_per_sm=2),
+    TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=5, has_tma=True, reads_runs=True),
+    TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=5, reads_runs=True),
 )
 
 # For single tokens: rows are the query group, filled up to what the tensor cores take.
@@ -68,7 +68,7 @@ def wide_tiles(head_dim: int, group: int, *, is_quantised: bool) -> tuple[TileCo
 
 
 # Triton's interpreter on a CPU: small, so that short sequences have several tiles and parts.
-INTERPRETED_TILE = TileConfig(block_m=32, block_n=16, num_warps=4, num_stages=1)
+INTERPRETED_TILE = TileConfig(block_m=32, block_n=16, num_warps=4, num_stages=1, reads_runs=True)
 
 
 def tiles_to_try(device: torch.device) -> tuple[tuple[TileConfig, ...], tuple[TileConfig, ...]]:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_medha.kernels.attention.merge import with_sinks
-from megatron_medha.kernels.attention.work_list import RowRange, WorkList
+from megatron_medha.kernels.attention.work_list import RUN_COLUMN, RowRange, WorkList
 from megatron_medha.kernels.kv.paged_kv import PagedKV
 from megatron_medha.kernels.triton.triton_attention import DeviceWork, TileConfig, paged_attention
 from megatron_medha.kernels.triton.triton_merge import merge_tiles
@@ -58,8 +58,10 @@ def wide_segments(
         is_last = begin == begins[-1]
         seen = RowRange(rows.first_row, rows.num_rows, start - begin if is_last else end - begin - 1, int(is_last), 0)
         num_blocks = -(-(end - begin) // block_size)
+        work = cut([seen])
+        work.items_NI[:, RUN_COLUMN] = 0  # blocks of the scratch pool follow one another from its first on
         segments.append(
-            WideSegment(rows.first_row, rows.num_rows, rows.table, begin // block_size, num_blocks, cut([seen]))
+            WideSegment(rows.first_row, rows.num_rows, rows.table, begin // block_size, num_blocks, work)
         )
     return segments
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_medha.kernels.attention.work_list import RowRange, WorkList, work_list
+from megatron_medha.kernels.attention.work_list import NO_RUN, RUN_COLUMN, RowRange, WorkList, note_runs, work_list
+from megatron_medha.kernels.kv.slot_table import SlotTable
 
 HEADS = 8
 
@@ -33,7 +34,7 @@ def test_items_cover_every_key_of_every_row_once(
     work = cut(lengths, num_programs, is_causal=is_causal)
     covered: dict[int, list[tuple[int, int]]] = {}
     parts = []
-    for first_row, rows, last_key, step, begin, end, _, part, _ in work.items_NI.tolist():
+    for first_row, rows, last_key, step, begin, end, _, part, *_ in work.items_NI.tolist():
         assert begin % 64 == 0
         parts += [part] if part >= 0 else []
         for row in range(first_row, first_row + rows):
@@ -99,13 +100,45 @@ def test_windows_are_covered_once_and_little_else(
     assert work.is_windowed
     for row in range(rows):
         items = [item for item in work.items_NI.tolist() if item[0] <= row < item[0] + item[1]]
-        first_row, _, last_key, step, *_, lowest_key = items[0]
+        first_row, _, last_key, step, *_, lowest_key, _ = items[0]
         assert lowest_key + row - first_row == lowest + row
         last = last_key + step * (row - first_row)
         seen = sorted(key for item in items for key in range(item[4], item[5]) if lowest + row <= key <= last)
         assert seen == list(range(max(0, lowest + row), last + 1))
         assert all(item[4] % 64 == 0 or item[4] == item[5] for item in items)
         assert min(item[4] for item in items) >= min(max(0, lowest_key) // 64 * 64, items[0][5])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=6), st.integers(1, 200),
+    st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_a_run_is_noted_where_an_items_blocks_follow_one_another_and_nowhere_else(
+    extents: list[tuple[int, int]], rows: int, seed: int
+) -> None:
+    block_size, draw = 128, np.random.default_rng(seed)
+    table, first_block = SlotTable(block_size), 1
+    for gap, count in extents:
+        table.append([(first_block + gap, count)])
+        first_block += gap + count
+    rows = min(rows, table.num_slots)
+    start = int(draw.integers(0, table.num_slots - rows + 1))
+    other = RowRange(rows, 40, 500, 1, 1)
+    work = work_list(
+        [RowRange(0, rows, start, 1, 7), other], tokens_per_tile=16, block_n=64, num_kv_heads=2, num_programs=132
+    )
+    assert (work.items_NI[:, RUN_COLUMN] == NO_RUN).all()
+    note_runs(work, {7: table.runs_in_order()}, block_size)
+    blocks = table.slots(0, table.num_slots)[::block_size] // block_size
+    for item in work.items_NI.tolist():
+        indexes = np.arange(item[4] // block_size, max(-(-item[5] // block_size), item[4] // block_size + 1))
+        if item[6] != 7:
+            assert item[RUN_COLUMN] == NO_RUN
+        elif item[RUN_COLUMN] != NO_RUN:
+            assert (item[RUN_COLUMN] + indexes == blocks[indexes]).all()
+        else:
+            assert (np.diff(blocks[indexes]) != 1).any()
 
 
 def test_short_sequences_are_not_cut() -> None:

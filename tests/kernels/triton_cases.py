@@ -407,6 +407,42 @@ def test_with_fixed_splits_a_row_has_the_same_bits_alone_in_any_batch_and_in_any
     assert not torch.equal(bits(None, (109, 1), 60), bits(None, (109, 1), 0))
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.float32, E4M3])
+def test_chunks_read_blocks_that_follow_one_another_without_looking_them_up(kv_dtype: torch.dtype) -> None:
+    backend = TritonAttention(CPU, group=2)
+    layer = backend.allocate(64, BLOCK_SIZE, 2, 16, kv_dtype)
+    whole, broken = SlotTable(BLOCK_SIZE), SlotTable(BLOCK_SIZE)
+    whole.append([(40, 12)])
+    broken.append([(30, 3), (5, 4), (2, 1), (20, 4)])
+    tokens = {table: torch.randn(2, 180, 2, 16) for table in (whole, broken)}
+    if kv_dtype == E4M3:
+        tokens = {table: new.bfloat16() for table, new in tokens.items()}
+    for work in ([(whole, 0, 131), (broken, 0, 100)], [(whole, 131, 40), (broken, 100, 35)]):
+        ranges, row = [], 0
+        for table, start, count in work:
+            ranges.append(QueryRange(row, count, start, table))
+            row += count
+        q = torch.randn(row, 2, 2, 16).to(tokens[whole].dtype)
+        k, v = (torch.cat([tokens[table][i, start : start + count] for table, start, count in work]) for i in range(2))
+        host = backend.host_plan(ranges)
+        plan = backend.on_device(host, [torch.from_numpy(array) for array in host.arrays])
+        out = backend.attend(plan, q, k, v, layer, 0.25)
+    run = host.chunks.items_NI[:, work_list.RUN_COLUMN]
+    assert (run == 40).any() and (run == work_list.NO_RUN).any()
+    table_blocks = {30, 5 - 3, 2 - 7, 20 - 8}  # of the broken one: where each run would begin, had it all the blocks
+    assert {int(base) for base in run} <= {40, work_list.NO_RUN} | table_blocks
+    for r in ranges:
+        rows, done = slice(r.first_row, r.first_row + r.num_rows), r.start + r.num_rows
+        slots = torch.from_numpy(r.table.slots(0, done))
+        block, place = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+        held = [pool.transpose(1, 2)[block, place].float() for pool in (layer.k_NKPD, layer.v_NKPD)]
+        if kv_dtype == E4M3:
+            scales = [scale[block][..., None] for scale in (layer.k_scale_NK, layer.v_scale_NK)]
+            held = [values * scale for values, scale in zip(held, scales)]
+        expected, _ = reference.attention(q[rows].flatten(1, 2), *held, 0.25, is_causal=True)
+        assert (out[rows].double() - expected).abs().max() < TOLERANCE[tokens[whole].dtype]
+
+
 @pytest.mark.parametrize("segment_tokens", [16, 32, 256])
 def test_what_is_before_a_long_chunk_over_e4m3_kv_is_widened_by_segments(
     segment_tokens: int, monkeypatch: pytest.MonkeyPatch
