@@ -503,7 +503,8 @@ def test_what_the_kernels_cannot_take_is_refused_before_launch() -> None:
     tile = TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
     kv = allocate_paged(4, 16, 2, 32, torch.float32, CPU)
     q, tables = torch.zeros(3, 2, 2, 32), torch.zeros(1, 4, dtype=torch.int32)
-    work = DeviceWork(torch.zeros(1, work_list.ITEM_COLUMNS, dtype=torch.int32), torch.zeros(0, 4, dtype=torch.int32), 0)
+    items = torch.zeros(1, work_list.ITEM_COLUMNS, dtype=torch.int32)
+    work = DeviceWork(items, torch.zeros(0, 4, dtype=torch.int32), 0)
 
     def launch(**changes: object) -> None:
         arguments = {"q_TKGD": q, "kv": kv, "block_tables_SB": tables, "work": work, "out_TKGD": q.clone()}
