@@ -179,9 +179,9 @@ class Experts {
     }
 
     void add_up_in_slices() {
-        static thread_local Buffer memory;
+        static thread_local PerDepth<Buffer> memory;
         const int64_t hidden = call_.hidden_size, size = (call_.num_tokens * hidden + WIDTH - 1) / WIDTH * WIDTH;
-        float *const nodes = memory.at_least<float>((1 + MAX_TREE_DEPTH) * size + num_rows_ * hidden);
+        float *const nodes = memory.now().at_least<float>((1 + MAX_TREE_DEPTH) * size + num_rows_ * hidden);
         float *const outputs = nodes + (1 + MAX_TREE_DEPTH) * size;
         float *const sums = call_.wide_out != nullptr ? call_.wide_out : nodes + MAX_TREE_DEPTH * size;
         const auto each_row = [&](const auto &body) { each(call_.num_tokens, TOKENS_OF_ITEM, num_rows_ * hidden, body); };
