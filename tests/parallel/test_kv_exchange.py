@@ -36,7 +36,7 @@ def test_messages_of_one_exchange_are_posted_together(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(kv_exchange.dist, "P2POp", post)
     monkeypatch.setattr(kv_exchange.dist, "batch_isend_irecv", post_together)
-    group: Any = SimpleNamespace(rank=lambda: 1)
+    group: Any = SimpleNamespace(rank=lambda: 1, size=lambda: 4)
     exchange = KVExchange(group, [RankSet((0, 1), 0, 2), RankSet((1, 3), 2, 3)])
     exchange.begin(torch.zeros(5, 2, 16), torch.zeros(5, 2))
     assert [sorted(posts) for posts in posted] == [[("irecv", 0), ("irecv", 3), ("isend", 0), ("isend", 3)]]
