@@ -26,7 +26,7 @@ def run(
 ) -> int:
     """Run all cases of the parts that have no result yet; how many have failed.
 
-    command: what starts the process; it is told parts, cases to leave out, facts and seconds by its standard input.
+    command: what starts the process; it reads parts, cases to leave out, facts and seconds from its standard input.
     """
     num_lost_starts = 0
     tried: set[Case] = set(results.done)

@@ -365,7 +365,7 @@ class Rank:
         return RunAheadDecodes(decodes, chosen, span)
 
     def _launch_ahead_in_stages(self, work: _QueuedStep, underway: Sequence[PendingTokens]) -> RunAheadDecodes | None:
-        """The decodes that follow a step, on every stage of the pipeline: none of them is told of the tokens.
+        """The decodes that follow a step, on every stage of the pipeline: none of them gets the tokens from outside.
 
         The last stage's go to the first one on the devices. All stages come here after the same step, from which they
         find the same decodes, and with no other step announced (RankStep.runs_ahead).

@@ -1,4 +1,4 @@
-"""Which batches stages are told to go on from: those that every live request is in, with nothing beside them."""
+"""Which batches stages go on from: those that every live request is in, with nothing beside them."""
 
 from __future__ import annotations
 
